@@ -1,0 +1,342 @@
+"""Run the teacher once and cache its sentence embeddings: Algorithm 1, line 3; Appendices C and D.
+
+    python cache_teacher.py                                                      # the demo corpus, the lsa teacher
+    python cache_teacher.py --teacher BAAI/bge-m3 --corpus paper --output bge-m3.pt
+
+Writes a dict, read back with torch.load(path, weights_only=True, mmap=True): sentences (n str, unique), sources (n str,
+the domain of each), embeddings (n, d_T), teacher, pooling, max_length, fingerprint (of the sentences), version.
+Also here, for all three scripts: loading an encoder, tokenising, pooling, and embedding sentences with it.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.pipeline import make_pipeline
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import cached_file
+
+VERSION = 1  # of the cache's format
+DEMO = Path(__file__).parent / "demo"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def fail(message):
+    """End with exit code 2 and one line on standard error: the user's mistake, not a bug."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def quiet():
+    """Leave the terminal to our own lines and progress bars."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    transformers.utils.hub.hf_hub_logging.set_verbosity_error() if hasattr(transformers.utils.hub, "hf_hub_logging") else None
+
+
+def pick_device(name):
+    """`auto` is the accelerator if there is one, else the CPU."""
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=best if name == "auto" else name).device
+    except (RuntimeError, AssertionError):
+        fail(f"--device {name} is not here; use auto or cpu")
+
+
+# ------------------------------------------------------------------------------------------------- the corpus
+
+
+def read_table(path):
+    """Rows of a .jsonl, .csv or .tsv file as dicts, of a .txt file as {"text": line}. Ends the program if it can't be read."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        fail(f"{path} does not exist")
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}")
+    except UnicodeDecodeError:
+        fail(f"{path} is not UTF-8 text; convert it first, for example with iconv")
+    lines = text.splitlines()
+    if path.suffix == ".jsonl":
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError:
+                fail(f"{path}, line {number} is not JSON; is the file torn?")
+        return rows
+    if path.suffix in (".csv", ".tsv"):
+        return list(csv.DictReader(text.splitlines(keepends=True), delimiter="\t" if path.suffix == ".tsv" else ","))
+    if path.suffix == ".txt":
+        return [{"text": line} for line in lines]
+    fail(f"{path}: only .txt, .jsonl, .csv and .tsv files are read")
+
+
+def read_corpus(name, seed):
+    """(sentences, sources): lists of n str, as they stand in the corpus; a file without a source column is one domain."""
+    if name == "paper":
+        return paper_corpus(seed)
+    rows = read_table(DEMO / "corpus.jsonl" if name == "demo" else name)
+    if not rows:
+        fail(f"{name} holds no sentence")
+    if missing := [row for row in rows if not isinstance(row, dict) or not isinstance(row.get("text"), str)]:
+        there = ", ".join(map(str, missing[0])) if isinstance(missing[0], dict) else type(missing[0]).__name__
+        fail(f"{name} needs a text column in every row; found: {there}")
+    return [row["text"] for row in rows], [str(row.get("source") or Path(name).stem) for row in rows]
+
+
+def paper_corpus(seed):
+    """Appendix D from the Hub: 5,000 sentences of Emotion, 2,500 pairs each of WiC and STS-B, from their training splits."""
+    from eval import load_hub_split  # here, because eval.py imports this file
+
+    rng = np.random.default_rng(seed)
+    sentences, sources = [], []
+    for task, count in {"emotion": 5000, "wic": 2500, "stsb": 2500}.items():
+        rows = load_hub_split(task, "train")
+        for i in rng.choice(len(rows), min(count, len(rows)), replace=False):
+            texts = [rows[i][column] for column in ("text", "sentence1", "sentence2") if column in rows[i]]
+            sentences += texts
+            sources += [task] * len(texts)
+    return sentences, sources
+
+
+def clean(sentences):
+    """The positions of the sentences to keep: blank ones and repeats go (Appendix D: unique). Prints how many went."""
+    first = {}
+    for i, sentence in enumerate(sentences):
+        first.setdefault(sentence.strip(), i)
+    blank = sum(not sentence.strip() for sentence in sentences)
+    first.pop("", None)
+    print(f"{len(sentences)} sentences: {blank} blank and {len(sentences) - blank - len(first)} repeated removed, {len(first)} left")
+    return list(first.values()) or fail("the corpus holds no sentence")
+
+
+def fingerprint(sentences):
+    """A hash of the sentences and their order."""
+    return hashlib.sha256(json.dumps(sentences).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------ encoders, for all scripts
+
+
+def pool(hidden, attention_mask, pooling):
+    """Sentence embeddings from token states (Section 3, Problem Setup): (N, T, d), (N, T) -> (N, d).
+
+    `pooling` is "cls" (the first token), "mean" or "last" ([EOS]); padding may be on either side. ValueError for another.
+    """
+    rows = torch.arange(len(hidden), device=hidden.device)
+    if pooling == "cls":
+        return hidden[rows, attention_mask.int().argmax(1)]
+    if pooling == "last":
+        return hidden[rows, hidden.shape[1] - 1 - attention_mask.int().flip(1).argmax(1)]
+    if pooling == "mean":
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)  # (N, T, 1)
+        return (hidden * mask).sum(1) / mask.sum(1)
+    raise ValueError(f"pooling must be cls, mean or last, not {pooling!r}")
+
+
+def read_model_json(name, file):
+    """A JSON file of a model, by directory or Hub id, or {} if it has no such file."""
+    try:
+        return json.loads(Path(cached_file(name, file)).read_text(encoding="utf-8"))
+    except OSError:
+        return {}
+
+
+def declared_pooling(name):
+    """The pooling that a model's sentence-transformers files ask for, or None without such files.
+
+    Reads both forms, {"pooling_mode_cls_token": true} and {"pooling_mode": "cls"}. Ends the program if the model needs a
+    module or a pooling that is not implemented here: its embeddings would be wrong.
+    """
+    modules = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in read_model_json(name, "modules.json") or []}
+    if extra := sorted(set(modules) - {"Transformer", "Pooling", "Normalize"}):
+        fail(f"{name} has a {extra[0]} module: encode with sentence-transformers and pass the array, --teacher embeddings.npy")
+    if "Pooling" not in modules:
+        return None
+    config = read_model_json(name, f"{modules['Pooling']}/config.json")
+    old = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "lasttoken"}
+    modes = [old.get(key, key) for key, on in config.items() if key.startswith("pooling_mode_") and on]
+    mode = config.get("pooling_mode") or "+".join(modes) or "mean"
+    known = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+    return known.get(str(mode)) or fail(f"{name} asks for {mode} pooling, which is not implemented; choose one with --pooling")
+
+
+def load_encoder(name, pooling="auto", dtype=torch.float32):
+    """(model, tokenizer, pooling) of a Hub id or a directory, an encoder or a decoder; prints the pooling it settles on.
+
+    The weights are loaded as `dtype`, whatever type the files hold. Ends the program if the model can't be loaded.
+    """
+    try:
+        model = AutoModel.from_pretrained(name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        fail(f"cannot load {name}, neither a model directory nor a model within reach on the Hub: {str(error).splitlines()[0]}")
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    limit = read_model_json(name, "sentence_bert_config.json").get("max_seq_length")
+    tokenizer.model_max_length = min(limit or tokenizer.model_max_length, tokenizer.model_max_length)
+    reason = "as asked"
+    if pooling == "auto":
+        causal = any(getattr(module, "is_causal", False) for module in model.modules())
+        pooling, reason = declared_pooling(name), "from its sentence-transformers files"
+        if pooling is None:
+            pooling, reason = ("last", "it is a decoder") if causal else ("cls", "it is an encoder")
+    print(f"{name}: {pooling} pooling, {reason}")
+    return model, tokenizer, pooling
+
+
+def tokenize(tokenizer, sentences, max_length):
+    """Token ids of n sentences, cut to max_length and to what the model takes: a list of n int32 arrays."""
+    limit, ids = min(max_length, tokenizer.model_max_length), []
+    for i in range(0, len(sentences), 10_000):  # in slices: the tokenizer's own output is many times larger than the ids
+        rows = tokenizer(sentences[i : i + 10_000], truncation=True, max_length=limit, return_attention_mask=False)
+        ids += [np.array(row, dtype=np.int32) for row in rows["input_ids"]]
+    return ids
+
+
+def pad(ids, pad_id, device):
+    """One batch for the model: N arrays of ids -> input_ids and attention_mask, (N, T), T the longest of the batch."""
+    lengths = torch.tensor([len(row) for row in ids])
+    input_ids = pad_sequence([torch.from_numpy(row) for row in ids], batch_first=True, padding_value=pad_id).long()
+    mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+    return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
+
+
+@torch.inference_mode()
+def encode(model, tokenizer, sentences, pooling, max_length, batch_size, label=None):
+    """Pooled last-layer embeddings of n sentences, not normalised: a float32 tensor (n, d) on the CPU.
+
+    Batches hold sentences of similar length, the longest first, so that padding is rare and too large a batch fails at once.
+    """
+    model.eval()
+    ids = tokenize(tokenizer, sentences, max_length)
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    embeddings = torch.empty(len(ids), model.config.hidden_size)
+    with tqdm(total=len(ids), desc=label, unit="sent", disable=None, dynamic_ncols=True) as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            tokens = pad([ids[i] for i in batch], tokenizer.pad_token_id, model.device)
+            hidden = model(**tokens).last_hidden_state  # (N, T, d)
+            embeddings[batch] = pool(hidden, tokens["attention_mask"], pooling).float().cpu()
+            bar.update(len(batch))
+    return embeddings
+
+
+def fit_lsa(sentences):
+    """Latent semantic analysis, a sentence embedder that needs no download: .transform(n str) -> array (n, <= 32).
+
+    TF-IDF without the words of more than 3 % of the sentences, which say little, then truncated SVD; seeded.
+    """
+    tfidf = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+", max_df=max(5, len(sentences) * 3 // 100))
+    try:
+        counts = tfidf.fit_transform(sentences)
+    except ValueError:
+        fail("the lsa teacher finds no words in this corpus that tell its sentences apart; choose another --teacher")
+    svd = TruncatedSVD(min(32, min(counts.shape) - 1), random_state=0).fit(counts)
+    return make_pipeline(tfidf, svd)
+
+
+# ------------------------------------------------------------------------------------------------- the cache
+
+
+def read_array(path, rows):
+    """Embeddings that came from elsewhere: a .npy or .pt array (rows, d_T), one row a sentence in the corpus's order."""
+    try:
+        if path.endswith(".npy"):
+            array = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+        else:
+            array = torch.load(path, weights_only=True, mmap=True)
+    except (OSError, ValueError, RuntimeError, EOFError) as error:
+        fail(f"cannot read the embeddings in {path}: {str(error).splitlines()[0]}")
+    if not isinstance(array, torch.Tensor) or array.ndim != 2:
+        fail(f"{path} must hold one array of shape (sentences, dimensions)")
+    if len(array) != rows:
+        fail(f"{path} has {len(array)} rows, but the corpus has {rows} sentences; give one row a sentence, in order")
+    return array
+
+
+def embed(args, sentences, kept):
+    """(embeddings (n, d_T), pooling) of the kept sentences, by whichever kind of teacher was asked for."""
+    texts = [sentences[i].strip() for i in kept]
+    if args.teacher == "lsa":
+        return torch.from_numpy(fit_lsa(texts).transform(texts)), "lsa"
+    if args.teacher.endswith((".npy", ".pt")):
+        return read_array(args.teacher, len(sentences))[kept], "none"
+    dtype = DTYPES[args.dtype]
+    model, tokenizer, pooling = load_encoder(args.teacher, args.pooling, dtype)
+    model.to(pick_device(args.device))
+    return encode(model, tokenizer, texts, pooling, args.max_length, args.batch_size, args.teacher), pooling
+
+
+def write_cache(path, cache):
+    """Write the cache whole or not at all: to a temporary name first."""
+    partial = f"{path}.partial"
+    torch.save(cache, partial)
+    os.replace(partial, path)
+
+
+def load_cache(path):
+    """The dict that cache_teacher.py wrote; its embeddings stay on disk (mmap). Ends the program if there is none."""
+    if not Path(path).exists():
+        fail(f"no teacher cache at {path}; make one: python cache_teacher.py --output {path}")
+    return torch.load(path, weights_only=True, mmap=True)
+
+
+def parse_args(argv):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--teacher", default="lsa", help="Hub id or directory; lsa; or an array of embeddings, .npy or .pt")
+    parser.add_argument("--corpus", default="demo", help="demo; paper (Appendix D, from the Hub); or a .txt, .jsonl, .csv or .tsv")
+    parser.add_argument("--output", default="teacher.pt", help="the cache to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a cache with other content")
+    parser.add_argument("--pooling", default="auto", choices=["auto", "cls", "mean", "last"], help="auto: as the model's files say")
+    parser.add_argument("--batch_size", type=int, default=32, help="sentences a forward pass")
+    parser.add_argument("--max_length", type=int, default=256, help="tokens; longer sentences are truncated")
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the teacher's weights; float16 is stored so, too")
+    parser.add_argument("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
+    parser.add_argument("--seed", type=int, default=42, help="of the paper corpus's sample")
+    parser.error = fail
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """The command line: read the corpus, run the teacher, write the cache."""
+    quiet()
+    args = parse_args(argv)
+    sentences, sources = read_corpus(args.corpus, args.seed)
+    kept = clean(sentences)
+    start = time.perf_counter()
+    embeddings, pooling = embed(args, sentences, kept)
+    seconds = time.perf_counter() - start
+    known = embeddings.norm(dim=1) > 0
+    if not known.all():
+        print(f"{(~known).sum()} sentences hold no word that the teacher knows and have no embedding: removed")
+    kept = [i for i, k in zip(kept, known.tolist()) if k]
+    cache = {
+        "sentences": [sentences[i].strip() for i in kept], "sources": [sources[i] for i in kept],
+        "embeddings": embeddings[known].to(torch.float16 if args.dtype == "float16" else torch.float32),
+        "teacher": args.teacher, "pooling": pooling, "max_length": args.max_length, "version": VERSION,
+    }  # fmt: skip
+    cache["fingerprint"] = fingerprint(cache["sentences"])
+    write_cache(args.output, cache)
+    print(f"{args.output}: {tuple(cache['embeddings'].shape)} embeddings of {args.teacher}, {len(kept) / seconds:.0f} sentences/s")
+
+
+if __name__ == "__main__":
+    main()
