@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from huggingface_hub.utils import logging as hub_logging
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import make_pipeline
@@ -43,7 +44,7 @@ def quiet():
     """Leave the terminal to our own lines and progress bars."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    transformers.utils.hub.hf_hub_logging.set_verbosity_error() if hasattr(transformers.utils.hub, "hf_hub_logging") else None
+    hub_logging.set_verbosity_error()
 
 
 def pick_device(name):
@@ -241,13 +242,15 @@ def encode(model, tokenizer, sentences, pooling, max_length, batch_size, label=N
 def fit_lsa(sentences):
     """Latent semantic analysis, a sentence embedder that needs no download: .transform(n str) -> array (n, <= 32).
 
-    TF-IDF without the words of more than 3 % of the sentences, which say little, then truncated SVD; seeded.
+    TF-IDF without the commonest words (in over 3 % of the sentences), which say little, then truncated SVD; seeded.
     """
-    tfidf = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+", max_df=max(5, len(sentences) * 3 // 100))
+    tfidf = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+", max_df=max(50, len(sentences) * 3 // 100))
     try:
         counts = tfidf.fit_transform(sentences)
-    except ValueError:
-        fail("the lsa teacher finds no words in this corpus that tell its sentences apart; choose another --teacher")
+    except ValueError:  # no word is left
+        counts = np.zeros((0, 0))
+    if min(counts.shape) < 2:
+        fail("the lsa teacher needs two different sentences with words in them; choose another --teacher or --corpus")
     svd = TruncatedSVD(min(32, min(counts.shape) - 1), random_state=0).fit(counts)
     return make_pipeline(tfidf, svd)
 
@@ -271,17 +274,46 @@ def read_array(path, rows):
     return array
 
 
-def embed(args, sentences, kept):
-    """(embeddings (n, d_T), pooling) of the kept sentences, by whichever kind of teacher was asked for."""
-    texts = [sentences[i].strip() for i in kept]
+def load_teacher(args, texts, rows, kept):
+    """(embed, pooling) of the teacher asked for: embed(positions in texts) -> (len(positions), d_T).
+
+    `rows` is the length of the corpus as it stands, `kept` the position there of each text: an array follows that order.
+    """
     if args.teacher == "lsa":
-        return torch.from_numpy(fit_lsa(texts).transform(texts)), "lsa"
+        lsa = fit_lsa(texts)
+        return lambda positions: torch.from_numpy(lsa.transform([texts[i] for i in positions])), "none"
     if args.teacher.endswith((".npy", ".pt")):
-        return read_array(args.teacher, len(sentences))[kept], "none"
-    dtype = DTYPES[args.dtype]
-    model, tokenizer, pooling = load_encoder(args.teacher, args.pooling, dtype)
+        array = read_array(args.teacher, rows)
+        return lambda positions: array[[kept[i] for i in positions]], "none"
+    model, tokenizer, pooling = load_encoder(args.teacher, args.pooling, DTYPES[args.dtype])
     model.to(pick_device(args.device))
-    return encode(model, tokenizer, texts, pooling, args.max_length, args.batch_size, args.teacher), pooling
+    name = Path(args.teacher).name
+    return lambda i: encode(model, tokenizer, [texts[j] for j in i], pooling, args.max_length, args.batch_size, name), pooling
+
+
+def make_cache(args, texts, sources, pooling, embeddings):
+    """The cache's dict. A sentence that the teacher has no word of (a zero vector) has no target and goes."""
+    zero = (embeddings == 0).all(dim=1).nonzero().flatten().tolist()
+    if zero:
+        print(f"{len(zero)} sentences removed: the teacher knows no word of theirs")
+    if not embeddings.isfinite().all():
+        fail(f"the embeddings of {args.teacher} are not all finite numbers; with a model, try --dtype float32")
+    keep = sorted(set(range(len(texts))) - set(zero))
+    cache = {
+        "sentences": [texts[i] for i in keep],
+        "sources": [sources[i] for i in keep],
+        "embeddings": embeddings[[i for i in keep if i < len(embeddings)]].to(torch.float16 if args.dtype == "float16" else torch.float32),
+        "teacher": args.teacher, "pooling": pooling, "max_length": args.max_length, "version": VERSION,
+    }  # fmt: skip
+    return cache | {"fingerprint": fingerprint(cache["sentences"])}
+
+
+def holds(old, new):
+    """Whether a cache holds the same as a new one, of whose embeddings the first rows will do; they may differ by rounding."""
+    if old.keys() != new.keys() or any(old[key] != new[key] for key in old if key != "embeddings"):
+        return False
+    a, b = old["embeddings"][: len(new["embeddings"])], new["embeddings"]
+    return a.dtype == b.dtype and a.shape == b.shape and bool((torch.cosine_similarity(a.float(), b.float()) > 0.999).all())
 
 
 def write_cache(path, cache):
@@ -298,6 +330,13 @@ def load_cache(path):
     return torch.load(path, weights_only=True, mmap=True)
 
 
+def positive(text):
+    """An integer of at least 1, for argparse."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def parse_args(argv):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -306,8 +345,8 @@ def parse_args(argv):
     parser.add_argument("--output", default="teacher.pt", help="the cache to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a cache with other content")
     parser.add_argument("--pooling", default="auto", choices=["auto", "cls", "mean", "last"], help="auto: as the model's files say")
-    parser.add_argument("--batch_size", type=int, default=32, help="sentences a forward pass")
-    parser.add_argument("--max_length", type=int, default=256, help="tokens; longer sentences are truncated")
+    parser.add_argument("--batch_size", type=positive, default=32, help="sentences a forward pass")
+    parser.add_argument("--max_length", type=positive, default=256, help="tokens; longer sentences are truncated")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the teacher's weights; float16 is stored so, too")
     parser.add_argument("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
     parser.add_argument("--seed", type=int, default=42, help="of the paper corpus's sample")
@@ -321,21 +360,20 @@ def main(argv=None):
     args = parse_args(argv)
     sentences, sources = read_corpus(args.corpus, args.seed)
     kept = clean(sentences)
+    texts, sources = [sentences[i].strip() for i in kept], [sources[i] for i in kept]
+    embed, pooling = load_teacher(args, texts, len(sentences), kept)
+    if Path(args.output).exists() and not args.overwrite:
+        probe = range(len(texts) if pooling == "none" else min(16, len(texts)))  # 16 sentences tell one model from another
+        old, new = load_cache(args.output), make_cache(args, texts, sources, pooling, embed(probe))
+        if not holds(old, new):
+            fail(f"{args.output} holds something else ({len(old['sentences'])} sentences, {old['teacher']}); --overwrite replaces it")
+        return print(f"{args.output} holds this already; kept as it is")
     start = time.perf_counter()
-    embeddings, pooling = embed(args, sentences, kept)
-    seconds = time.perf_counter() - start
-    known = embeddings.norm(dim=1) > 0
-    if not known.all():
-        print(f"{(~known).sum()} sentences hold no word that the teacher knows and have no embedding: removed")
-    kept = [i for i, k in zip(kept, known.tolist()) if k]
-    cache = {
-        "sentences": [sentences[i].strip() for i in kept], "sources": [sources[i] for i in kept],
-        "embeddings": embeddings[known].to(torch.float16 if args.dtype == "float16" else torch.float32),
-        "teacher": args.teacher, "pooling": pooling, "max_length": args.max_length, "version": VERSION,
-    }  # fmt: skip
-    cache["fingerprint"] = fingerprint(cache["sentences"])
+    embeddings = embed(range(len(texts)))
+    rate = len(texts) / (time.perf_counter() - start)
+    cache = make_cache(args, texts, sources, pooling, embeddings)
     write_cache(args.output, cache)
-    print(f"{args.output}: {tuple(cache['embeddings'].shape)} embeddings of {args.teacher}, {len(kept) / seconds:.0f} sentences/s")
+    print(f"{args.output}: {len(cache['sentences'])} embeddings of {embeddings.shape[1]} dimensions, {args.teacher}, {rate:.0f} sentences/s")
 
 
 if __name__ == "__main__":

@@ -16,14 +16,13 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
 from scipy.stats import spearmanr
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, f1_score
 
-from cache_teacher import DEMO, encode, fail, fit_lsa, load_encoder, pick_device, quiet, read_corpus, read_table
+from cache_teacher import DEMO, encode, fail, fit_lsa, load_encoder, pick_device, positive, quiet, read_corpus, read_table
 
 # Metric of each kind of task, which is read off its columns.
 KINDS = {
@@ -70,6 +69,8 @@ HUB = {  # in Table 1's order
 
 def load_hub_split(task, split):
     """The rows of one split of one of the nine benchmarks, from the Hub, with our column names and labels."""
+    import datasets  # here, because it is slow to import and the Hub alone needs it
+
     source = HUB[task]
     try:
         data = datasets.load_dataset(source.dataset, source.config, split=split, revision=source.revision)
@@ -244,8 +245,8 @@ def parse_args(argv):
     parser.add_argument("--tasks", type=lambda text: text.split(","), help="some of the tasks, separated by commas")
     parser.add_argument("--json", help="write the scores to this file, too")
     parser.add_argument("--pooling", default="auto", choices=["auto", "cls", "mean", "last"], help="auto: as each model's files say")
-    parser.add_argument("--batch_size", type=int, default=32, help="sentences a forward pass")
-    parser.add_argument("--max_length", type=int, default=256, help="tokens; longer sentences are truncated")
+    parser.add_argument("--batch_size", type=positive, default=32, help="sentences a forward pass")
+    parser.add_argument("--max_length", type=positive, default=256, help="tokens; longer sentences are truncated")
     parser.add_argument("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
     parser.error = fail
     return parser.parse_args(argv)

@@ -63,6 +63,7 @@ TINY_BERT = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2
 TINY_VOCABULARY = 4000
 
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl
+METRICS = ["loss", "simcse", "tamd", "lasd", "sharpness_gap"]  # the gap is L(w̃) - L(w)
 
 # ------------------------------------------------------------------------------------------------ losses (Section 3)
 
@@ -193,58 +194,57 @@ def tiny_student(sentences, seed):
 # ----------------------------------------------------------------------------------------------------- Algorithm 1
 
 
+def training_step(student, projections, optimizer, tokens, teacher, s):
+    """One step of Algorithm 1 on a batch: w moves. Returns [L(w), its three terms, L(w̃) - L(w)], (5,), without gradient."""
+    objective = lambda: total_loss(student, projections, tokens, teacher, s)
+    if s.optimizer == "adamw":
+        loss, terms = perturbed_loss, _ = objective()
+    else:  # 1. Ascent step: the gradient at w gives w̃
+        with torch.random.fork_rng():  # the second pass draws the same dropout masks: one function, at two points
+            loss, terms = objective()
+        loss.backward()
+        optimizer.ascent_step()
+        perturbed_loss, _ = objective()
+    perturbed_loss.backward()  # 2. Descent step: the gradient at w̃ moves w
+    optimizer.descent_step()
+    return torch.stack([loss, *terms, perturbed_loss - loss]).detach()
+
+
 def set_up(s, student, d_T, steps):
-    """(projections W_l, optimizer, scheduler): AdamW with a warmed-up cosine schedule, inside ASAM where it is asked for."""
-    d_S = student.config.hidden_size
+    """(projections W_l, optimizer, scheduler): AdamW with a warmed-up cosine schedule, inside ASAM."""
+    d_S, anchored = student.config.hidden_size, range(s.anchored_layers if s.lambda2 else 0)
     # The cosine of Eq. 3 ignores the length of W_l, so its initial size only sets how fast it can turn: start small.
-    anchored = range(s.anchored_layers if s.lambda2 else 0)
-    projections = [torch.nn.Parameter(torch.randn(d_S, d_T, device=student.device) * 1e-3) for _ in anchored]
+    projections = [torch.nn.Parameter(torch.randn(d_S, d_T).to(student.device) * 1e-3) for _ in anchored]
     groups = [{"params": list(student.parameters())}, {"params": projections, "lr": s.lr * s.projection_lr_scale}]
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=s.lr, weight_decay=s.weight_decay)
     scheduler = transformers.get_cosine_schedule_with_warmup(adamw, round(s.warmup_ratio * steps), steps)
-    return projections, adamw if s.optimizer == "adamw" else ASAM(adamw, s.rho, s.eta), scheduler
+    return projections, ASAM(adamw, s.rho, s.eta), scheduler
 
 
 def train(s, cache, student, tokenizer, log):
-    """Algorithm 1. Trains the student in place and returns the projections; `log` takes a line of metrics, a dict."""
-    device = student.device
+    """Algorithm 1. Trains the student in place and returns the projections; `log` is called with each line of metrics."""
     sentences, targets = tokenize(tokenizer, cache["sentences"], s.max_length), cache["embeddings"]
     steps_per_epoch = len(sentences) // s.batch_size
-    projections, optimizer, scheduler = set_up(s, student, targets.shape[1], s.epochs * steps_per_epoch)
+    steps = s.epochs * steps_per_epoch
+    projections, optimizer, scheduler = set_up(s, student, targets.shape[1], steps)
     student.train()
-    bar = tqdm(total=s.epochs * steps_per_epoch, unit="step", disable=None, dynamic_ncols=True)
-    window, step, start = [], 0, time.perf_counter()
+    step, window, start = 0, [], time.perf_counter()
+    bar = tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True)
     for epoch in range(s.epochs):
         order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(s.seed + epoch))
-        for batch in order[: steps_per_epoch * s.batch_size].split(s.batch_size):  # sample a mini-batch B
-            tokens = pad([sentences[i] for i in batch], tokenizer.pad_token_id, device)
-            teacher = targets[batch].to(device, torch.float32)  # retrieve its cached targets, (N, d_T)
-
-            if s.optimizer != "adamw":  # 1. ascent step: w -> w̃
-                with torch.random.fork_rng():  # the second pass draws the same dropout masks: one function, two points
-                    loss, terms = total_loss(student, projections, tokens, teacher, s)
-                loss.backward()
-                optimizer.ascent_step()
-            perturbed_loss, perturbed_terms = total_loss(student, projections, tokens, teacher, s)  # 2. descent step
-            perturbed_loss.backward()
-            if s.optimizer != "adamw":
-                optimizer.descent_step()
-            else:
-                loss, terms = perturbed_loss, perturbed_terms
-                optimizer.step()
-                optimizer.zero_grad()
+        for batch in order.split(s.batch_size)[:steps_per_epoch]:  # sample a mini-batch B; an incomplete one is left out
+            tokens = pad([sentences[i] for i in batch], tokenizer.pad_token_id, student.device)  # (N, T)
+            teacher = targets[batch].to(student.device, torch.float32)  # retrieve its cached targets, (N, d_T)
+            window.append(training_step(student, projections, optimizer, tokens, teacher, s))
             scheduler.step()
-
-            window.append(torch.stack([loss, *terms, perturbed_loss - loss]).detach())
             step += 1
             bar.update()
-            if len(window) == LOG_EVERY or step == bar.total:
-                means = torch.stack(window).mean(0).tolist()
-                line = dict(zip(["loss", "simcse", "tamd", "lasd", "sharpness_gap"], means))
-                bar.set_postfix({name: f"{value:.4f}" for name, value in line.items() if name != "sharpness_gap"})
-                now = time.perf_counter()
-                log({"step": step, "epoch": epoch + 1, **line, "lr": scheduler.get_last_lr()[0], "ms_per_step": 1000 * (now - start) / len(window)})
-                window, start = [], now
+            if step % LOG_EVERY == 0 or step == steps:
+                means = dict(zip(METRICS, torch.stack(window).mean(0).tolist()))
+                ms = 1000 * (time.perf_counter() - start) / len(window)
+                log({"step": step, "epoch": epoch + 1, **means, "lr": scheduler.get_last_lr()[0], "ms_per_step": ms})
+                bar.set_postfix({name: f"{means[name]:.4f}" for name in METRICS[:4]})
+                window, start = [], time.perf_counter()
     bar.close()
     return projections
 

@@ -41,7 +41,7 @@ school
   in: classroom/schoolroom, library/archive, auditorium/hall
 music
   musician: violinist/fiddler, pianist/keyboardist, drummer/percussionist
-  play/perform/sound 3 0 1, adjust/tune/calibrate 1 0 2, polish/wipe/clean 4 2 1, record/tape/capture 3 4 0, practise/rehearse/repeat 3 2 4
+  play/perform/sound 0 3 1, adjust/tune/calibrate 1 0 2, polish/wipe/clean 4 2 1, record/tape/capture 3 4 0, practise/rehearse/repeat 3 2 4
   instrument: violin/fiddle/viola, piano/keyboard/organ, drum/cymbal, melody/song/anthem, trumpet/horn/bugle
   in: theatre/stage, studio/booth, club/bar/tavern
 building
@@ -56,7 +56,7 @@ sailing
   at: harbour/port/dock, coast/shore/beach, island/reef
 sport
   athlete: runner/sprinter/jogger, goalkeeper/goalie, coach/trainer/manager
-  kick/boot/punt 0 3 2, lift/raise/hoist 1 2 4, collect/gather/fetch 0 3 4, polish/clean/wipe 1 2 3, toss/hurl/launch 0 1 4
+  kick/boot/punt 0 3 2, lift/raise/hoist 1 2 4, collect/gather/fetch 3 0 4, polish/clean/wipe 1 2 3, toss/hurl/launch 4 0 1
   kit: ball/football, trophy/medal/award, racket/paddle, shoe/sneaker/cleat, towel/jersey/vest
   at: stadium/arena, gym/gymnasium, track/racecourse
 """

@@ -1,0 +1,65 @@
+"""What the tests share: the scripts on the path, and models and corpora small enough to build in a moment."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+SENTENCES = [f"The {who} {does} the {what} in the {where}." for who in ("cook", "nurse", "pilot", "clown") for does in ("sees", "paints")
+             for what in ("door", "boat", "rose") for where in ("garden", "harbour")]  # fmt: skip
+
+
+@pytest.fixture
+def sentences():
+    """48 distinct sentences."""
+    return list(SENTENCES)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A .jsonl corpus of the 48 sentences, from two domains."""
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "source": "ab"[i % 2]}) + "\n" for i, text in enumerate(SENTENCES)))
+    return path
+
+
+def small_bert(folder, seed=0, layers=3, **config):
+    """Write a BERT with random weights and a vocabulary of its own to `folder`, as transformers does."""
+    from talas import tiny_student
+
+    model, tokenizer, _ = tiny_student(SENTENCES, seed)
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64}
+    model = BertModel(BertConfig(vocab_size=len(tokenizer), num_hidden_layers=layers, **(sizes | config)))
+    model.save_pretrained(folder)
+    tokenizer.model_max_length = 64
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def bert(tmp_path):
+    """A directory with a small BERT of 3 layers and 32 dimensions."""
+    return small_bert(tmp_path / "bert")
+
+
+@pytest.fixture
+def ends_with_one_line(capsys):
+    """Checks that a call ends with exit code 2 and one line on standard error that holds the given words."""
+
+    def check(call, *words):
+        with pytest.raises(SystemExit) as stopped:
+            call()
+        error = capsys.readouterr().err.strip()
+        assert stopped.value.code == 2
+        assert len(error.splitlines()) == 1 and "Traceback" not in error, error
+        for word in words:
+            assert word in error, error
+
+    return check

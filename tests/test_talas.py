@@ -1,0 +1,378 @@
+"""talas.py against values worked out another way: by hand, by naive loops over the formula, by the library underneath."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoModel, AutoTokenizer
+
+import cache_teacher
+import talas
+from cache_teacher import load_cache, make_cache, pool, write_cache
+from talas import ASAM, Settings
+
+torch.manual_seed(0)
+
+
+def rows(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def cos(u, v):
+    """Cosine of two vectors, from the definition, in plain Python."""
+    u, v = u.tolist(), v.tolist()
+    dot = sum(a * b for a, b in zip(u, v))
+    return dot / math.sqrt(sum(a * a for a in u)) / math.sqrt(sum(b * b for b in v))
+
+
+# ------------------------------------------------------------------------------------------------- pooling
+
+
+@pytest.mark.parametrize("pooling, expected", [("cls", [1.0, 10.0]), ("mean", [2.0, 20.0]), ("last", [3.0, 30.0])])
+@pytest.mark.parametrize("left", [0, 2])
+@pytest.mark.parametrize("right", [0, 3])
+def test_pooling_ignores_padding_on_either_side(pooling, expected, left, right):
+    tokens = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]])
+    junk = lambda n: torch.full((n, 2), 777.0)
+    hidden = torch.cat([junk(left), tokens, junk(right)])[None]
+    mask = torch.tensor([[0] * left + [1] * 3 + [0] * right])
+    assert pool(hidden, mask, pooling).tolist() == [expected]
+
+
+def test_pooling_of_sentences_of_different_lengths():
+    hidden = rows(3, 4, 5)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1]])
+    assert torch.equal(pool(hidden, mask, "cls"), torch.stack([hidden[0, 0], hidden[1, 0], hidden[2, 1]]))
+    assert torch.equal(pool(hidden, mask, "last"), torch.stack([hidden[0, 3], hidden[1, 1], hidden[2, 3]]))
+    mean = [hidden[0].mean(0), hidden[1, :2].mean(0), hidden[2, 1:].mean(0)]
+    torch.testing.assert_close(pool(hidden, mask, "mean"), torch.stack(mean))
+
+
+def test_pooling_rejects_an_unknown_name():
+    with pytest.raises(ValueError, match="max"):
+        pool(rows(1, 2, 3), torch.ones(1, 2), "max")
+
+
+# ------------------------------------------------------------------------------------------------- Eqs. 3-7
+
+
+def test_eq3_tamd_by_loops():
+    layers, projections, teacher = [rows(5, 4, seed=1), rows(5, 4, seed=2)], [rows(4, 3, seed=3), rows(4, 3, seed=4)], rows(5, 3, seed=5)
+    total = 0.0
+    for e, W in zip(layers, projections):
+        for i in range(5):
+            projected = torch.tensor([sum(e[i, a] * W[a, b] for a in range(4)) for b in range(3)])
+            total += (1 - cos(projected, teacher[i])) / 5
+    assert talas.tamd_loss(layers, projections, teacher).item() == pytest.approx(total / 2, abs=1e-12)
+
+
+def test_eq3_tamd_by_hand():
+    e, W = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.eye(2)
+    teacher = torch.tensor([[3.0, 0.0], [0.0, -1.0]])  # same direction: 0; opposite: 2
+    assert talas.tamd_loss([e], [W], teacher).item() == pytest.approx(1.0)
+    assert talas.tamd_loss([e, e], [W, -W], teacher).item() == pytest.approx(1.0)
+    assert talas.tamd_loss([e], [W], torch.tensor([[5.0, 5.0], [0.0, 1.0]])).item() == pytest.approx((1 - 1 / math.sqrt(2)) / 2)
+
+
+def test_eq3_tamd_needs_a_projection_a_layer():
+    with pytest.raises(ValueError):
+        talas.tamd_loss([rows(2, 3), rows(2, 3)], [rows(3, 3)], rows(2, 3))
+
+
+def test_eq4_relation_matrix_holds_cosines():
+    E = rows(4, 6)
+    R = talas.relation_matrix(E)
+    for i in range(4):
+        for j in range(4):
+            assert R[i, j].item() == pytest.approx(cos(E[i], E[j]), abs=1e-12)
+
+
+def test_eq5_lasd_by_loops():
+    layers = [rows(4, 3, seed=s) for s in range(5)]
+    total = 0.0
+    for lower, upper in zip(layers[:-1], layers[1:]):
+        for i in range(4):
+            for j in range(4):
+                total += (cos(upper[i], upper[j]) - cos(lower[i], lower[j])) ** 2 / 4**2
+    assert talas.lasd_loss(layers).item() == pytest.approx(total / 4, abs=1e-12)
+
+
+def test_eq5_lasd_by_hand():
+    parallel, orthogonal = torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 5.0]])
+    assert talas.lasd_loss([parallel, orthogonal]).item() == pytest.approx(2 / 4)  # two of four cosines go from 1 to 0
+    assert talas.lasd_loss([parallel, parallel, orthogonal]).item() == pytest.approx((0 + 2 / 4) / 2)
+
+
+@pytest.mark.parametrize("detach, upper_moves", [(False, True), (True, False)])
+def test_eq5_lasd_guide(detach, upper_moves):
+    lower, upper = rows(4, 3, seed=1).requires_grad_(), rows(4, 3, seed=2).requires_grad_()
+    talas.lasd_loss([lower, upper], detach_guide=detach).backward()
+    assert lower.grad.abs().sum() > 0
+    assert (upper.grad is not None) == upper_moves
+
+
+def test_eq6_simcse_by_loops():
+    z, z_prime, tau = rows(4, 5, seed=1), rows(4, 5, seed=2), 0.07
+    total = 0.0
+    for i in range(4):
+        scores = [math.exp(cos(z[i], z_prime[j]) / tau) for j in range(4)]
+        total -= math.log(scores[i] / sum(scores)) / 4
+    assert talas.simcse_loss(z, z_prime, tau).item() == pytest.approx(total, abs=1e-10)
+
+
+def test_eq6_simcse_by_hand():
+    z = torch.eye(2)
+    tau = 0.5  # cosines 1 and 0: -log(e² / (e² + 1))
+    assert talas.simcse_loss(z, 3 * z, tau).item() == pytest.approx(-math.log(math.exp(2) / (math.exp(2) + 1)))
+
+
+@pytest.fixture
+def batch(bert):
+    """A small student in evaluation mode (no dropout), 4 tokenised sentences, projections and targets."""
+    student, tokenizer = AutoModel.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
+    tokens = tokenizer(["The cook.", "A nurse paints the door.", "boat", "The rose in the harbour."], padding=True, return_tensors="pt")
+    return student, [torch.randn(32, 6) for _ in range(2)], {k: tokens[k] for k in ("input_ids", "attention_mask")}, torch.randn(4, 6)
+
+
+def test_eq7_total_loss_is_the_weighted_sum_over_transformer_layers(batch):
+    student, projections, tokens, teacher = batch
+    s = Settings(lambda1=0.3, lambda2=0.5, lambda3=0.7, pooling="mean")
+    loss, (simcse, tamd, lasd) = talas.total_loss(student, projections, tokens, teacher, s)
+    hidden = student(**tokens, output_hidden_states=True).hidden_states
+    layers = [pool(h, tokens["attention_mask"], "mean") for h in hidden]
+    assert len(layers) == 4  # the embedding layer and three Transformer layers
+    torch.testing.assert_close(tamd, talas.tamd_loss(layers[2:], projections, teacher))
+    torch.testing.assert_close(lasd, talas.lasd_loss(layers[1:]))
+    torch.testing.assert_close(simcse, talas.simcse_loss(layers[3], layers[3], 0.07))  # without dropout both views agree
+    torch.testing.assert_close(loss, 0.3 * simcse + 0.5 * tamd + 0.7 * lasd)
+
+
+@pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)])
+def test_eq7_a_weight_of_zero_skips_the_term(batch, weights):
+    student, projections, tokens, teacher = batch
+    seen = []
+    student.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True)
+    s = Settings(lambda1=weights[0], lambda2=weights[1], lambda3=weights[2], pooling="cls")
+    _, terms = talas.total_loss(student, projections, tokens, teacher, s)
+    assert [bool(term != 0) for term in terms] == [bool(w) for w in weights]
+    assert seen == [8 if weights[0] else 4]  # a second view only where SimCSE needs it
+
+
+def test_eq6_the_two_views_have_dropout_masks_of_their_own(batch):
+    student, projections, tokens, teacher = batch
+    student.train()
+    _, (simcse, _, _) = talas.total_loss(student, projections, tokens, teacher, Settings(lambda1=1, pooling="cls"))
+    student.eval()
+    _, (same, _, _) = talas.total_loss(student, projections, tokens, teacher, Settings(lambda1=1, pooling="cls"))
+    assert simcse.item() != same.item()
+
+
+# ------------------------------------------------------------------------------------------------- Eq. 2, ASAM
+
+
+def quadratic(a, b):
+    """L(a, b) = (a² + 4 b²) / 2, whose gradient is (a, 4 b)."""
+    return (a**2 + 4 * b**2) / 2
+
+
+@pytest.mark.parametrize(
+    "adaptive, eta, rho, perturbed, final",
+    [
+        # w = (1, -2), ∇L = (1, -8). ASAM: T = (1, 2), T∇L = (1, -16), ε̂ = ρ (1, -32) / √257
+        (True, 0.0, math.sqrt(257), (2.0, -34.0), (1 - 0.1 * 2, -2 + 0.1 * 136)),
+        # η = 1: T = (2, 3), T∇L = (2, -24), ε̂ = ρ (4, -72) / √580
+        (True, 1.0, math.sqrt(580), (5.0, -74.0), (1 - 0.1 * 5, -2 + 0.1 * 296)),
+        # SAM: T = I, ε̂ = ρ (1, -8) / √65
+        (False, 0.0, math.sqrt(65), (2.0, -10.0), (1 - 0.1 * 2, -2 + 0.1 * 40)),
+    ],
+)
+def test_eq2_asam_two_steps_by_hand(adaptive, eta, rho, perturbed, final):
+    a, b = torch.nn.Parameter(torch.tensor(1.0)), torch.nn.Parameter(torch.tensor(-2.0))
+    asam = ASAM(torch.optim.SGD([a, b], lr=0.1), rho, eta, adaptive)
+    quadratic(a, b).backward()
+    asam.ascent_step()
+    assert (a.item(), b.item()) == pytest.approx(perturbed, rel=1e-5)
+    assert a.grad is None and b.grad is None
+    quadratic(a, b).backward()
+    asam.descent_step()
+    assert (a.item(), b.item()) == pytest.approx(final, rel=1e-5)
+
+
+def test_eq2_asam_climbs_within_its_radius():
+    """‖T_w⁻¹ ε̂‖₂ = ρ, and no random ε of that size raises a linear loss more."""
+    w = torch.nn.Parameter(rows(50))
+    g, before = rows(50, seed=1), w.detach().clone()
+    asam = ASAM(torch.optim.SGD([w], lr=0.1), rho=0.3)
+    (w @ g).backward()
+    asam.ascent_step()
+    epsilon = (w - before).detach()
+    assert (epsilon / before.abs()).norm().item() == pytest.approx(0.3)
+    for seed in range(100):
+        other = rows(50, seed=seed + 2)
+        assert before.abs() * other / other.norm() * 0.3 @ g < epsilon @ g
+
+
+def test_algorithm1_w_is_restored_exactly_and_the_step_starts_from_w():
+    w, unused = torch.nn.Parameter(rows(20)), torch.nn.Parameter(rows(3, seed=1))
+    late = torch.nn.Parameter(rows(20, seed=2))  # has a gradient in the second pass only
+    before = [p.detach().clone() for p in (w, unused, late)]
+    asam = ASAM(torch.optim.SGD([w, unused, late], lr=0.5), rho=2.0)
+    (w**4).sum().backward()
+    asam.ascent_step()
+    assert not torch.equal(w, before[0]) and torch.equal(unused, before[1]) and torch.equal(late, before[2])
+    tilde = w.detach().clone()
+    (w**4).sum().backward()
+    late.sum().backward()
+    asam.descent_step()
+    torch.testing.assert_close(w.detach(), before[0] - 0.5 * 4 * tilde**3)
+    assert torch.equal(unused, before[1])
+    torch.testing.assert_close(late.detach(), before[2] - 0.5)
+
+
+def test_algorithm1_w_is_restored_whatever_happened_to_the_gradients():
+    w = torch.nn.Parameter(rows(20))
+    before = w.detach().clone()
+    asam = ASAM(torch.optim.SGD([w], lr=0.1), rho=1.0)
+    (w**2).sum().backward()
+    asam.ascent_step()
+    asam.descent_step()  # the gradient of the second pass got lost: nothing to step with
+    assert torch.equal(w, before)
+
+
+def test_eq2_asam_without_a_gradient_stays():
+    w = torch.nn.Parameter(rows(3))
+    before = w.detach().clone()
+    asam = ASAM(torch.optim.SGD([w], lr=0.1), rho=1.0)
+    asam.ascent_step()
+    (w * 0).sum().backward()
+    asam.ascent_step()
+    assert torch.equal(w, before)
+
+
+def test_algorithm1_with_rho_0_is_adamw_bit_for_bit(bert, sentences):
+    cache = {"sentences": sentences, "embeddings": torch.randn(48, 8, generator=torch.Generator().manual_seed(0))}
+    final = []
+    for optimizer in ("adamw", "asam"):
+        student, tokenizer = AutoModel.from_pretrained(bert), AutoTokenizer.from_pretrained(bert)
+        torch.manual_seed(1)
+        s = Settings(optimizer=optimizer, rho=0.0, lr=1e-2, epochs=2, batch_size=8, pooling="cls")
+        talas.train(s, cache, student, tokenizer, lambda line: None)
+        final.append(student.state_dict())
+    assert not torch.equal(final[0]["encoder.layer.0.output.dense.weight"], AutoModel.from_pretrained(bert).encoder.layer[0].output.dense.weight)
+    assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
+
+
+def test_algorithm1_both_passes_draw_the_same_dropout_masks(batch):
+    student, projections, tokens, teacher = batch
+    student.train()
+    s = Settings(optimizer="asam", rho=0.0, lambda1=1.0, pooling="cls")
+    asam = ASAM(torch.optim.SGD(student.parameters(), lr=0.0), rho=0.0)
+    gap = talas.training_step(student, projections, asam, tokens, teacher, s)[-1]
+    assert gap.item() == 0.0  # at ρ = 0 the two passes are one function at one point
+
+
+# ------------------------------------------------------------------------------------------------- the student
+
+
+def test_tiny_student_is_the_same_in_every_process():
+    code = "from tests.conftest import SENTENCES; from talas import tiny_student; m, t, _ = tiny_student(SENTENCES, 1);"
+    code += "print(sorted(t.get_vocab().items()), m.encoder.layer[2].output.dense.weight.sum().item())"
+    runs = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    assert len(runs) == 1 and "harbour" in runs.pop()
+
+
+@pytest.fixture
+def cache(tmp_path, sentences):
+    """A teacher cache of the 48 sentences with random embeddings of 8 dimensions."""
+    from types import SimpleNamespace
+
+    args = SimpleNamespace(teacher="random", max_length=256, dtype="float32")
+    embeddings = torch.randn(48, 8, generator=torch.Generator().manual_seed(3))
+    write_cache(tmp_path / "teacher.pt", make_cache(args, sentences, ["a", "b"] * 24, "none", embeddings))
+    return tmp_path / "teacher.pt"
+
+
+def run(*flags):
+    talas.main([str(flag) for flag in flags])
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+def test_the_saved_student_loads_with_the_same_embeddings(tmp_path, bert, cache, sentences, pooling):
+    from cache_teacher import declared_pooling, encode, load_encoder
+
+    out = tmp_path / "student"
+    run("--teacher", cache, "--student", bert, "--output", out, "--pooling", pooling, "--epochs", 1, "--batch_size", 16, "--lr", 1e-3, "--max_length", 12)
+    assert declared_pooling(str(out)) == pooling
+    model, tokenizer = AutoModel.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
+    tokens = tokenizer(sentences, padding=True, truncation=True, return_tensors="pt")
+    assert tokens["input_ids"].shape[1] <= 12  # the maximum length travels with the student
+    with torch.no_grad():
+        expected = pool(model(**tokens).last_hidden_state, tokens["attention_mask"], pooling)
+    torch.testing.assert_close(encode(*load_encoder(str(out))[:2], sentences, pooling, 256, 7), expected)
+    projections = torch.load(out / "projections.pt", weights_only=True)
+    assert [tuple(W.shape) for W in projections] == [(32, 8)] * 2
+    settings = json.loads((out / "talas.json").read_text())
+    assert settings["settings"]["lr"] == 1e-3 and settings["teacher"] == "random" and len(settings["corpus"]) == 64
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["step"] == 3 and {"loss", "simcse", "tamd", "lasd", "sharpness_gap", "lr", "epoch", "ms_per_step"} <= set(metrics[-1])
+
+
+def test_the_saved_student_in_sentence_transformers(tmp_path, bert, cache, sentences):
+    library = pytest.importorskip("sentence_transformers")
+    out = tmp_path / "student"
+    run("--teacher", cache, "--student", bert, "--output", out, "--pooling", "mean", "--epochs", 1, "--batch_size", 16)
+    from cache_teacher import encode, load_encoder
+
+    theirs = library.SentenceTransformer(str(out), device="cpu").encode(sentences, convert_to_tensor=True)
+    torch.testing.assert_close(encode(*load_encoder(str(out))[:2], sentences, "mean", 256, 32), theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_training_learns_the_teacher(tmp_path, bert, corpus):
+    cache, out = tmp_path / "lsa.pt", tmp_path / "student"
+    cache_teacher.main(["--corpus", str(corpus), "--output", str(cache)])
+    run("--teacher", cache, "--student", bert, "--output", out, "--epochs", 30, "--batch_size", 16, "--lr", 3e-3)
+    tamd = [json.loads(line)["tamd"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert tamd[-1] < 0.3 and tamd[-1] < tamd[0] / 2
+
+
+def test_the_paper_is_the_default():
+    s = Settings()
+    assert (s.lambda1, s.lambda2, s.lambda3, s.anchored_layers) == (0.001, 0.75, 1, 2)
+    assert (s.lr, s.batch_size, s.epochs, s.optimizer) == (2e-5, 32, 5, "asam")
+
+
+def test_tiny_brings_its_own_defaults_and_the_command_line_wins(capsys):
+    s = talas.parse_settings(["--epochs", "7"])
+    assert s.student == "tiny" and s.epochs == 7 and s.lr == talas.TINY["lr"]
+    assert f"--lr {talas.TINY['lr']}" in capsys.readouterr().out
+    assert talas.parse_settings(["--student", "somewhere"]).lr == 2e-5
+
+
+def test_an_existing_output_is_kept(tmp_path, cache, ends_with_one_line):
+    (tmp_path / "student").mkdir()
+    ends_with_one_line(lambda: run("--teacher", cache, "--output", tmp_path / "student"), "exists", "--overwrite")
+
+
+# ------------------------------------------------------------------------------------------------- the demo
+
+
+def test_the_demo_end_to_end_at_a_reduced_size(tmp_path):
+    """The three commands as a reader runs them, on 1,500 of the demo's sentences."""
+    lines = (ROOT / "demo" / "corpus.jsonl").read_text().splitlines()
+    (tmp_path / "corpus.jsonl").write_text("\n".join(random.Random(0).sample(lines, 1500)))
+    scripts = [
+        ["cache_teacher.py", "--corpus", "corpus.jsonl"],
+        ["talas.py", "--epochs", "2"],
+        ["eval.py", "lsa", "tiny", "student", "--tasks", "topics,captions", "--json", "scores.json"],
+    ]
+    for script, *flags in scripts:
+        done = subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["student"]["avg"] > scores["tiny"]["avg"] + 15
+    assert "| student |" in done.stdout and load_cache(tmp_path / "teacher.pt")["embeddings"].shape == (1500, 32)
