@@ -71,6 +71,8 @@ def load_hub_split(task, split):
     """The rows of one split of one of the nine benchmarks, from the Hub, with our column names and labels."""
     import datasets  # here, because it is slow to import and the Hub alone needs it
 
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
     source = HUB[task]
     try:
         data = datasets.load_dataset(source.dataset, source.config, split=split, revision=source.revision)
@@ -98,7 +100,10 @@ def load_tasks(data, names):
         there = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "_")))
         in_domain = ["emotion", "wic", "stsb"]
         if (folder / "tasks.json").exists():
-            in_domain = json.loads((folder / "tasks.json").read_text(encoding="utf-8"))["in_domain"]
+            try:
+                in_domain = list(json.loads((folder / "tasks.json").read_text(encoding="utf-8"))["in_domain"])
+            except (ValueError, KeyError, TypeError):
+                fail(f'{folder / "tasks.json"} must be {{"in_domain": [names of tasks]}}')
     if unknown := [name for name in names or [] if name not in there]:
         fail(f"no task {', '.join(unknown)} in {data}; there are: {', '.join(there) or 'none'}")
     tasks = {}
@@ -112,36 +117,42 @@ def load_tasks(data, names):
     return {name: tasks[name] for name in sorted(tasks, key=key)}, in_domain
 
 
-def check_task(name, rows):
-    """A task whose columns, labels and scores can be used; `rows` gives a split's rows. Else the program ends."""
-    task = {"test": rows("test")}
-    if not task["test"]:
-        fail(f"{name}: the test split is empty")
-    there = set(task["test"][0])
-    columns = next((columns for columns in KINDS if set(columns) <= there), None)
+def check_rows(name, split, rows):
+    """The columns that make these rows one of the three kinds of task; else the program ends."""
+    if not rows:
+        fail(f"{name}: the {split} split is empty")
+    there = list(rows[0]) if isinstance(rows[0], dict) else []
+    columns = next((columns for columns in KINDS if set(columns) <= set(there)), None)
     if columns is None:
-        fail(f"{name}: columns must be {' or '.join(','.join(c) for c in KINDS)}; found {','.join(sorted(there))}")
-    task["kind"] = KINDS[columns]
-    if task["kind"] == "F1":
-        task["train"] = rows("train")
-    for split in ("test", "train"):
-        for number, row in enumerate(task.get(split, []), 1):
-            if any(row.get(column) is None or (column[:4] in ("text", "sent") and not isinstance(row[column], str)) for column in columns):
-                fail(f"{name}: row {number} of {split} lacks a usable {' or '.join(columns)}")
-    target = columns[-1]
+        fail(f"{name}: {split} needs the columns {' or '.join(','.join(c) for c in KINDS)}; it has {','.join(there) or 'none'}")
+    number = (int, float)
+    types = {"text": str, "sentence1": str, "sentence2": str, "score": number, "label": number if columns[0] == "sentence1" else (str, int, float)}
+    for i, row in enumerate(rows, 1):
+        if bad := [c for c in columns if not isinstance(row, dict) or not isinstance(row.get(c), types[c]) or row[c] != row[c]]:
+            fail(f"{name}: row {i} of {split} has no usable {bad[0]}")
+    return columns
+
+
+def check_task(name, rows):
+    """A task that can be scored; `rows` gives a split's rows. Ends the program if it can't be: nothing would be measured."""
+    task = {"test": rows("test")}
+    columns = check_rows(name, "test", task["test"])
+    task["kind"], target = KINDS[columns], columns[-1]
     values = {row[target] for row in task["test"]}
-    if task["kind"] == "Spearman" and not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+    if task["kind"] == "Spearman" and not all(map(math.isfinite, values)):
         fail(f"{name}: every score must be a finite number")
     if task["kind"] == "AP" and not values <= {0, 1}:
-        fail(f"{name}: labels must be 0 or 1, found {', '.join(sorted(map(repr, values))[:5])}")
+        fail(f"{name}: labels must be 0 or 1; found {', '.join(map(str, sorted(values)[:5]))}")
     if len(values) < 2:
-        fail(f"{name}: every row of the test split has the same {target}, so there is nothing to measure")
+        fail(f"{name}: every row of test has the same {target}, so there is nothing to measure")
     if task["kind"] == "F1":
+        task["train"] = rows("train")
+        check_rows(name, "train", task["train"])
         learnt = {row["label"] for row in task["train"]}
         if len(learnt) < 2:
-            fail(f"{name}: the training split needs two labels or more, it has {len(learnt)}")
+            fail(f"{name}: every row of train has the same label, so there is nothing to learn")
         if unseen := values - learnt:
-            fail(f"{name}: labels of the test split that the training split lacks: {', '.join(sorted(map(str, unseen))[:5])}")
+            fail(f"{name}: test has labels that train lacks: {', '.join(sorted(map(str, unseen))[:5])}")
     return task
 
 
@@ -154,13 +165,13 @@ def cosine(a, b):
     return (a * b).sum(1) / np.where(norms > 0, norms, 1.0)
 
 
-def macro_f1(train, train_labels, test, test_labels, name="task"):
+def macro_f1(train, train_labels, test, test_labels, name="task", iterations=1000):
     """Macro F1, in percent, of a logistic regression fitted on the training embeddings (n, d)."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        model = LogisticRegression(max_iter=1000).fit(train, train_labels)
+        model = LogisticRegression(max_iter=iterations).fit(train, train_labels)
     if any(issubclass(w.category, ConvergenceWarning) for w in caught):
-        print(f"{name}: the logistic regression did not converge in 1000 iterations; its score is approximate")
+        print(f"{name}: the logistic regression did not converge in {iterations} iterations; its score is approximate")
     return 100 * f1_score(test_labels, model.predict(test), average="macro")
 
 
@@ -215,10 +226,13 @@ def evaluate(name, tasks, in_domain, args):
     for task_name, task in tasks.items():
         texts = [row[c] for split in ("train", "test") for row in task.get(split, []) for c in ("text", "sentence1", "sentence2") if c in row]
         if new := [text for text in dict.fromkeys(texts) if text not in known]:
-            known.update(zip(new, embed(new, f"{name} {task_name}")))
+            vectors = embed(new, f"{name} {task_name}")
+            if not np.isfinite(vectors).all():
+                fail(f"{name} gives embeddings on {task_name} that are not a number; is the model torn?")
+            known.update(zip(new, vectors))
         scores[task_name] = float(score(task, task_name, lambda texts: np.stack([known[text] for text in texts])))
         if not math.isfinite(scores[task_name]):
-            fail(f"{name} gives embeddings on {task_name} that have no score (not a number, or all the same)")
+            fail(f"{name} has no score on {task_name}: its embeddings are all the same")
     mean = lambda names: float(np.mean([scores[n] for n in names])) if names else None
     inside = [task for task in tasks if task in in_domain]
     outside = [task for task in tasks if task not in in_domain]
@@ -249,7 +263,10 @@ def parse_args(argv):
     parser.add_argument("--max_length", type=positive, default=256, help="tokens; longer sentences are truncated")
     parser.add_argument("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
     parser.error = fail
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        fail(f"--json {args.json}: its folder does not exist")
+    return args
 
 
 def main(argv=None):

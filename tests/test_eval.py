@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -114,6 +115,137 @@ def test_several_models_share_one_table(data, bert, capsys, tmp_path):
 def test_tasks_json_names_the_in_domain_tasks(data):
     (data / "tasks.json").write_text('{"in_domain": ["mrpc"]}')
     assert evaluation.load_tasks(str(data), None)[1] == ["mrpc"]
+
+
+# ------------------------------------------------------------------------------------------------- the Hub
+
+
+def hub_repository(folder, task):
+    """A directory laid out as the task's repository on the Hub, with its column names and a few rows of its labels."""
+    from datasets import Dataset
+
+    source = evaluation.HUB[task]
+    values = {"text": lambda i: SENTENCES[i], "label": lambda i: list(source.labels or [0, 1])[i % 2], "score": lambda i: i / 2}
+    values |= {"sentence1": lambda i: SENTENCES[i], "sentence2": lambda i: SENTENCES[i + 9]}
+    column = lambda name: values.get(source.columns.get(name), lambda i: "x")
+    rows = [{name: column(name)(i) for name in [*source.columns, "another_column"]} for i in range(12)]
+    pattern = "default/{}/0000.parquet" if task == "sick" else (source.config or "data") + "/{}-00000-of-00001.parquet"
+    for split in ("train", "validation", "test"):
+        (folder / pattern.format(split)).parent.mkdir(parents=True, exist_ok=True)
+        Dataset.from_list(rows).to_parquet(str(folder / pattern.format(split)))
+    if source.config:
+        files = "".join(f"\n  - split: {s}\n    path: {source.config}/{s}-*" for s in ("train", "validation", "test"))
+        other = "\n- config_name: another\n  data_files: nowhere.parquet"
+        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {source.config}\n  data_files:{files}{other}\n---\n")
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The nine benchmarks as local directories with the layout of their repositories."""
+    table = {task: source._replace(dataset=str(hub_repository(tmp_path / task, task))) for task, source in evaluation.HUB.items()}
+    monkeypatch.setattr(evaluation, "HUB", table)
+
+
+def test_section_4_1_the_nine_benchmarks_load_from_their_layouts(hub):
+    tasks, in_domain = evaluation.load_tasks("hub", None)
+    assert list(tasks) == ["banking77", "tweet", "emotion", "mrpc", "scitail", "wic", "sick", "sts12", "stsb"]  # Table 1's order
+    assert [task["kind"] for task in tasks.values()] == ["F1"] * 3 + ["AP"] * 3 + ["Spearman"] * 3
+    assert in_domain == ["emotion", "wic", "stsb"]
+    assert [row["label"] for row in tasks["scitail"]["test"][:2]] == [1, 0]  # entails, neutral
+    assert tasks["sick"]["test"][3] == {"sentence1": SENTENCES[3], "sentence2": SENTENCES[12], "score": 1.5}
+
+
+def test_a_hub_dataset_that_lost_a_column(hub, monkeypatch, ends_with_one_line):
+    broken = evaluation.HUB["mrpc"]._replace(columns={"first": "sentence1", "sentence2": "sentence2", "label": "label"})
+    monkeypatch.setitem(evaluation.HUB, "mrpc", broken)
+    ends_with_one_line(lambda: evaluation.load_tasks("hub", ["mrpc"]), "first", "another_column, label, sentence1, sentence2"[:14])
+
+
+def test_appendix_d_the_paper_corpus(hub):
+    import cache_teacher
+
+    sentences, sources = cache_teacher.read_corpus("paper", 0)
+    assert len(sentences) == len(sources) == 12 + 2 * 12 + 2 * 12  # every row of these small splits
+    assert sources.count("emotion") == 12 and sources.count("wic") == sources.count("stsb") == 24
+    assert cache_teacher.read_corpus("paper", 0) == (sentences, sources) != cache_teacher.read_corpus("paper", 1)
+
+
+def test_without_a_network_one_line_says_so():
+    import os
+
+    command = [sys.executable, str(ROOT / "eval.py"), "lsa", "--data", "hub", "--tasks", "stsb"]
+    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "mteb/stsbenchmark-sts" in done.stderr and "--data DIR" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- mistakes
+
+PAIR = {"sentence1": "a dog", "sentence2": "a cat"}
+MISTAKES = [  # (task, test rows, train rows, words of the answer)
+    ("mrpc", [], None, ["mrpc", "empty"]),
+    ("mrpc", None, None, ["test.jsonl", "does not exist"]),
+    ("mrpc", [PAIR | {"labels": 1}], None, ["sentence1,sentence2,label", "sentence1,sentence2,labels"]),
+    ("mrpc", [PAIR | {"label": 1}, PAIR | {"label": 2}], None, ["0 or 1", "2"]),
+    ("mrpc", [PAIR | {"label": 1}, PAIR | {"label": 1}], None, ["same label"]),
+    ("mrpc", [PAIR | {"label": 1}, PAIR], None, ["row 2"]),
+    ("mrpc", [PAIR | {"label": "yes"}, PAIR | {"label": 0}], None, ["row 1", "label"]),
+    ("stsb", [PAIR | {"score": 1}, PAIR | {"score": float("nan")}], None, ["row 2", "score"]),
+    ("stsb", [PAIR | {"score": 1}, PAIR | {"score": float("inf")}], None, ["finite"]),
+    ("stsb", [PAIR | {"score": 2}, PAIR | {"score": 2}], None, ["same score"]),
+    ("stsb", ["text", "text"], None, ["columns"]),
+    ("emotion", [{"text": "a", "label": 0}, {"text": "b", "label": 1}], None, ["train.jsonl", "does not exist"]),
+    ("emotion", [{"text": "a", "label": 0}, {"text": "b", "label": 1}], [], ["train", "empty"]),
+    ("emotion", [{"text": "a", "label": 0}, {"text": "b", "label": 1}], [{"text": "a", "label": 0}] * 2, ["train", "same label"]),
+    ("emotion", [{"text": "a", "label": 0}, {"text": "b", "label": 7}], [{"text": "a", "label": i} for i in (0, 1)], ["train lacks", "7"]),
+    ("emotion", [{"text": None, "label": 0}, {"text": "b", "label": 7}], None, ["row 1", "text"]),
+]
+
+
+@pytest.mark.parametrize("name, test, train, words", MISTAKES)
+def test_a_mistake_in_a_task_is_one_line(tmp_path, name, test, train, words, ends_with_one_line):
+    (tmp_path / "data" / name).mkdir(parents=True)
+    for split, rows in (("test", test), ("train", train)):
+        if rows is not None:
+            write(tmp_path / "data" / name / f"{split}.jsonl", rows)
+    ends_with_one_line(lambda: evaluation.main(["lsa", "--data", str(tmp_path / "data")]), *words)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--data", "nowhere"], ["nowhere", "demo, hub"]),
+        (["--tasks", "topics,topix"], ["topix", "topics"]),
+        (["--batch_size", "0"], ["--batch_size"]),
+        (["--pooling", "max"], ["--pooling", "cls"]),
+        (["--json", "no/such/folder/s.json"], ["folder"]),
+        (["--tables"], ["--tables"]),
+        (["no/such/model", "--tasks", "captions"], ["no/such/model"]),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(flags, words, ends_with_one_line, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    ends_with_one_line(lambda: evaluation.main(flags), *words)
+
+
+def test_torn_tasks_and_embeddings_without_a_score(data, bert, ends_with_one_line):
+    (data / "tasks.json").write_text('{"in_domain"')
+    ends_with_one_line(lambda: evaluation.main(["lsa", "--data", str(data)]), "in_domain")
+    (data / "tasks.json").unlink()
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(bert)
+    model.encoder.layer[2].output.LayerNorm.weight.data.fill_(float("nan"))
+    model.save_pretrained(bert)
+    ends_with_one_line(lambda: evaluation.main([str(bert), "--data", str(data)]), "emotion", "not a number")
+
+
+def test_a_logistic_regression_that_does_not_converge_says_so_once(capsys):
+    rng = np.random.default_rng(0)
+    train, labels = 1e4 * rng.normal(size=(400, 60)) ** 3, rng.integers(0, 9, 400)
+    evaluation.macro_f1(train, labels, train, labels, "mine", iterations=3)
+    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 # ------------------------------------------------------------------------------------------------- the demo
