@@ -330,6 +330,14 @@ def load_cache(path):
     return torch.load(path, weights_only=True, mmap=True)
 
 
+def load_sentences(corpus):
+    """A cache without a teacher, for training without Eq. 3: a corpus's sentences, sources and fingerprint alone."""
+    sentences, sources = read_corpus(corpus, seed=42)
+    kept = clean(sentences)
+    cache = {"sentences": [sentences[i].strip() for i in kept], "sources": [sources[i] for i in kept]}
+    return cache | {"embeddings": None, "teacher": None, "fingerprint": fingerprint(cache["sentences"])}
+
+
 def positive(text):
     """An integer of at least 1, for argparse."""
     if int(text) < 1:

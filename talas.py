@@ -9,6 +9,8 @@ L the number of Transformer layers of the student, d_S and d_T the dimensions of
 """
 
 import json
+import os
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -23,7 +25,7 @@ from tqdm import tqdm
 from transformers import BertConfig, BertModel, BertTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from cache_teacher import fail, load_cache, load_encoder, pad, pick_device, pool, quiet, tokenize
+from cache_teacher import fail, load_cache, load_encoder, load_sentences, pad, pick_device, pool, quiet, tokenize
 
 # ------------------------------------------------------------------------------------------------------- settings
 
@@ -32,7 +34,7 @@ from cache_teacher import fail, load_cache, load_encoder, pad, pick_device, pool
 class Settings:
     """Every setting, with the paper's value as its default. The README says why where the paper says nothing."""
 
-    teacher: str = HfArg(default="teacher.pt", help="the teacher's embeddings, cached by cache_teacher.py")
+    teacher: str = HfArg(default="teacher.pt", help="the teacher's embeddings, from cache_teacher.py; with lambda2 0 a corpus will do")
     student: str = HfArg(default="tiny", help="Hub id or directory of an encoder; tiny: a small BERT from scratch")
     output: str = HfArg(default="student", help="directory for the distilled student")
     overwrite: bool = HfArg(default=False, help="replace an earlier run's output")
@@ -42,10 +44,12 @@ class Settings:
     lambda3: float = HfArg(default=1.0, help="weight of LASD, Eq. 5")
     temperature: float = HfArg(default=0.07, help="tau of Eq. 6")
     anchored_layers: int = HfArg(default=2, help="K = k + 1: how many of the top layers TAMD anchors, Eq. 3")
+    lasd_layers: int = HfArg(default=0, help="how many of the top layers LASD chains, Eq. 5; 0: all L")
     detach_guide: bool = HfArg(default=False, help="stop LASD's gradient into the upper layer of each pair")
-    optimizer: Literal["asam", "adamw"] = HfArg(default="asam", help="asam: Algorithm 1; adamw: one pass, no ascent")
+    optimizer: Literal["asam", "sam", "disam", "adamw"] = HfArg(default="asam", help="adamw: one pass, no ascent step")
     rho: float = HfArg(default=0.05, help="radius of the ascent step, Eq. 2")
     eta: float = HfArg(default=0.0, help="added to |w| in T_w, Eq. 2")
+    disam_lambda: float = HfArg(default=0.1, help="lambda of Eq. 10: how much DISAM's ascent minds the domains' variance")
     lr: float = HfArg(default=2e-5, help="peak learning rate of AdamW, cosine decay to 0")
     projection_lr_scale: float = HfArg(default=5.0, help="the learning rate of the projections W_l, times lr")
     weight_decay: float = HfArg(default=0.01, help="of AdamW, on every parameter")
@@ -55,6 +59,7 @@ class Settings:
     max_length: int = HfArg(default=256, help="tokens; longer sentences are truncated")
     seed: int = HfArg(default=42, help="of initial weights, order and dropout")
     device: str = HfArg(default="auto", help="auto: the accelerator if there is one, else cpu")
+    sharpness: bool = HfArg(default=False, help="record the largest Hessian eigenvalue after each epoch, Table 4")
 
 
 # What the student from scratch needs instead: the paper's values move a pretrained student a little.
@@ -63,18 +68,21 @@ TINY_BERT = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2
 TINY_VOCABULARY = 4000
 
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl
+SHARPNESS_BATCHES = 4  # over which λ_max is measured
 METRICS = ["loss", "simcse", "tamd", "lasd", "sharpness_gap"]  # the gap is L(w̃) - L(w)
 
 # ------------------------------------------------------------------------------------------------ losses (Section 3)
 
 
-def tamd_loss(layers, projections, teacher):
-    """Teacher-anchored multi-layer distillation, Eq. 3: the mean over K layers of 1 - cos(e_l W_l, e^T).
+def tamd_loss(layers, projections, teacher, reduction="mean"):
+    """Teacher-anchored multi-layer distillation, Eq. 3: the mean over K layers of 1 - cos(e_l W_l, e^T), in [0, 2].
 
-    layers: K tensors (N, d_S), the top layers; projections: K tensors W_l (d_S, d_T); teacher: (N, d_T). Scalar in [0, 2].
+    layers: K tensors (N, d_S), the top layers; projections: K tensors W_l (d_S, d_T); teacher: (N, d_T). Gives a scalar,
+    or each sentence's own loss, (N,), with reduction="none". ValueError unless there are as many projections as layers.
     """
     distances = [1 - F.cosine_similarity(E @ W, teacher, dim=-1) for E, W in zip(layers, projections, strict=True)]
-    return torch.stack(distances).mean()  # (K, N) -> scalar
+    losses = torch.stack(distances).mean(0)  # (K, N) -> (N,)
+    return losses.mean() if reduction == "mean" else losses
 
 
 def relation_matrix(E):
@@ -93,16 +101,20 @@ def lasd_loss(layers, detach_guide=False):
     return torch.stack([(guide - r).square().mean() for guide, r in zip(guides, R[:-1], strict=True)]).mean()
 
 
-def simcse_loss(z, z_prime, temperature):
-    """Unsupervised SimCSE, Eq. 6: two dropout views (N, d_S) -> scalar; -log softmax of the matching pair's cosine / tau."""
+def simcse_loss(z, z_prime, temperature, reduction="mean"):
+    """Unsupervised SimCSE, Eq. 6: two dropout views (N, d_S) -> scalar, or (N,) with reduction="none".
+
+    -log softmax over j of cos(z_i, z'_j) / tau, at j = i: the cross entropy of a choice among the batch's sentences.
+    """
     similarities = F.normalize(z, dim=-1) @ F.normalize(z_prime, dim=-1).T / temperature  # (N, N)
-    return F.cross_entropy(similarities, torch.arange(len(z), device=z.device))
+    return F.cross_entropy(similarities, torch.arange(len(z), device=z.device), reduction=reduction)
 
 
-def total_loss(student, projections, tokens, teacher, s):
+def total_loss(student, projections, tokens, teacher, s, reduction="mean"):
     """The training objective, Eq. 7, on one batch: (loss, [simcse, tamd, lasd]); a term of weight 0 is not computed.
 
-    tokens: input_ids and attention_mask, (N, T); teacher: (N, d_T), the cached targets; s: Settings.
+    tokens: input_ids and attention_mask, (N, T); teacher: (N, d_T), the cached targets; s: Settings. With
+    reduction="none" the loss is each sentence's own, (N,), of which LASD, a property of the whole batch, is a shared part.
     """
     N = len(tokens["input_ids"])
     if s.lambda1:  # both views in one forward pass: dropout draws a mask for each of the 2N rows
@@ -114,13 +126,26 @@ def total_loss(student, projections, tokens, teacher, s):
     simcse = tamd = lasd = zero
     if s.lambda1:
         second_view = pool(hidden[-1][N:], tokens["attention_mask"][N:], s.pooling)  # (N, d_S)
-        simcse = simcse_loss(view[-1], second_view, s.temperature)
+        simcse = simcse_loss(view[-1], second_view, s.temperature, reduction)
     if s.lambda2:
-        tamd = tamd_loss(view[-s.anchored_layers :], projections, teacher)
+        tamd = tamd_loss(view[-s.anchored_layers :], projections, teacher, reduction)
     if s.lambda3:
-        lasd = lasd_loss(view, s.detach_guide)
+        lasd = lasd_loss(view[-s.lasd_layers :], s.detach_guide)  # all of them at 0
     loss = s.lambda1 * simcse + s.lambda2 * tamd + s.lambda3 * lasd
-    return loss, [simcse, tamd, lasd]
+    return loss, [simcse.mean(), tamd.mean(), lasd]
+
+
+def disam_objective(losses, domains, weight):
+    """What DISAM climbs on, Eqs. 10-12: the sum of α_i L_i minus `weight` (λ) times Var{L_i}, over the M domains of a batch.
+
+    losses: (N,), each sentence's; domains: (N,), integers. L_i is the mean loss of domain i, α_i its share of the batch:
+    the first sum is the batch's loss. A batch of one domain has no variance, so that SAM is left.
+    """
+    _, index, counts = domains.unique(return_inverse=True, return_counts=True)
+    index, counts = index.to(losses.device), counts.to(losses.device)
+    L = torch.zeros_like(counts, dtype=losses.dtype).index_add(0, index, losses) / counts  # (M,)
+    variance = (L[:, None] - L[None, :]).square().sum() / (2 * len(L) ** 2)  # Eq. 12
+    return (counts / len(losses) * L).sum() - weight * variance
 
 
 # --------------------------------------------------------------------------------------------------- ASAM (Eq. 2)
@@ -194,15 +219,16 @@ def tiny_student(sentences, seed):
 # ----------------------------------------------------------------------------------------------------- Algorithm 1
 
 
-def training_step(student, projections, optimizer, tokens, teacher, s):
+def training_step(student, projections, optimizer, tokens, teacher, domains, s):
     """One step of Algorithm 1 on a batch: w moves. Returns [L(w), its three terms, L(w̃) - L(w)], (5,), without gradient."""
-    objective = lambda: total_loss(student, projections, tokens, teacher, s)
+    objective = lambda **how: total_loss(student, projections, tokens, teacher, s, **how)
     if s.optimizer == "adamw":
         loss, terms = perturbed_loss, _ = objective()
     else:  # 1. Ascent step: the gradient at w gives w̃
         with torch.random.fork_rng():  # the second pass draws the same dropout masks: one function, at two points
-            loss, terms = objective()
-        loss.backward()
+            losses, terms = objective(reduction="none" if s.optimizer == "disam" else "mean")
+        loss = losses.mean()
+        (disam_objective(losses, domains, s.disam_lambda) if s.optimizer == "disam" else loss).backward()
         optimizer.ascent_step()
         perturbed_loss, _ = objective()
     perturbed_loss.backward()  # 2. Descent step: the gradient at w̃ moves w
@@ -210,49 +236,136 @@ def training_step(student, projections, optimizer, tokens, teacher, s):
     return torch.stack([loss, *terms, perturbed_loss - loss]).detach()
 
 
-def set_up(s, student, d_T, steps):
-    """(projections W_l, optimizer, scheduler): AdamW with a warmed-up cosine schedule, inside ASAM."""
-    d_S, anchored = student.config.hidden_size, range(s.anchored_layers if s.lambda2 else 0)
+def set_up(s, student, targets, steps):
+    """(projections W_l, optimizer, scheduler): AdamW with a warmed-up cosine schedule, inside ASAM or SAM."""
+    shapes = [(student.config.hidden_size, targets.shape[1])] * s.anchored_layers if s.lambda2 else []  # K of (d_S, d_T)
     # The cosine of Eq. 3 ignores the length of W_l, so its initial size only sets how fast it can turn: start small.
-    projections = [torch.nn.Parameter(torch.randn(d_S, d_T).to(student.device) * 1e-3) for _ in anchored]
+    projections = [torch.nn.Parameter(torch.randn(shape).to(student.device) * 1e-3) for shape in shapes]
     groups = [{"params": list(student.parameters())}, {"params": projections, "lr": s.lr * s.projection_lr_scale}]
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=s.lr, weight_decay=s.weight_decay, fused=True)
     scheduler = transformers.get_cosine_schedule_with_warmup(adamw, round(s.warmup_ratio * steps), steps)
-    return projections, ASAM(adamw, s.rho, s.eta), scheduler
+    return projections, ASAM(adamw, s.rho, s.eta, adaptive=s.optimizer == "asam"), scheduler
 
 
-def train(s, cache, student, tokenizer, log):
-    """Algorithm 1. Trains the student in place and returns the projections; `log` is called with each line of metrics."""
+def train(s, cache, student, tokenizer, metrics):
+    """Algorithm 1. Trains the student in place; `metrics` is an open file. Returns (projections, cost, a dict)."""
     sentences, targets = tokenize(tokenizer, cache["sentences"], s.max_length), cache["embeddings"]
+    names = sorted(set(cache["sources"]))
+    domains = torch.tensor([names.index(source) for source in cache["sources"]])
+
+    def fetch(batch):
+        """The tokens (N, T), the cached targets E^T (N, d_T) and the domains (N,) of a mini-batch of positions (N,)."""
+        tokens = pad([sentences[i] for i in batch], tokenizer.pad_token_id, student.device)
+        teacher = targets[batch].to(student.device, torch.float32) if s.lambda2 else None
+        return tokens, teacher, domains[batch]
+
     steps_per_epoch = len(sentences) // s.batch_size
-    steps = s.epochs * steps_per_epoch
-    projections, optimizer, scheduler = set_up(s, student, targets.shape[1], steps)
-    student.train()
-    step, window, start = 0, [], time.perf_counter()
-    bar = tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True)
+    projections, optimizer, scheduler = set_up(s, student, targets, s.epochs * steps_per_epoch)
+    meter = Meter(metrics, s.epochs * steps_per_epoch, student.device)
     for epoch in range(s.epochs):
+        student.train()
         order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(s.seed + epoch))
         for batch in order.split(s.batch_size)[:steps_per_epoch]:  # sample a mini-batch B; an incomplete one is left out
-            tokens = pad([sentences[i] for i in batch], tokenizer.pad_token_id, student.device)  # (N, T)
-            teacher = targets[batch].to(student.device, torch.float32)  # retrieve its cached targets, (N, d_T)
-            window.append(training_step(student, projections, optimizer, tokens, teacher, s))
+            values = training_step(student, projections, optimizer, *fetch(batch), s)
             scheduler.step()
-            step += 1
-            bar.update()
-            if step % LOG_EVERY == 0 or step == steps:
-                means = dict(zip(METRICS, torch.stack(window).mean(0).tolist()))
-                ms = 1000 * (time.perf_counter() - start) / len(window)
-                log({"step": step, "epoch": epoch + 1, **means, "lr": scheduler.get_last_lr()[0], "ms_per_step": ms})
-                bar.set_postfix({name: f"{means[name]:.4f}" for name in METRICS[:4]})
-                window, start = [], time.perf_counter()
-    bar.close()
-    return projections
+            meter.step(values, epoch + 1, scheduler.get_last_lr()[0])
+        fixed = [fetch(batch) for batch in torch.arange(len(sentences)).split(s.batch_size)[:SHARPNESS_BATCHES]] if s.sharpness else []
+        meter.epoch(epoch + 1, measure_sharpness(student, projections, fixed, s) if s.sharpness else None)
+    return projections, meter.cost()
+
+
+class Meter:
+    """The progress bar, the lines of metrics.jsonl, and at the end what the run cost (Table 3)."""
+
+    def __init__(self, file, steps, device):
+        self.file, self.device, self.count, self.window, self.means = file, device, 0, [], []
+        self.milliseconds, self.megabytes, self.start = [], [], time.perf_counter()
+        self.bar = tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True)
+
+    def step(self, values, epoch, lr):
+        """Take the values of one step, which stay on the device until a line is due: the host does not wait for them."""
+        self.window.append(values)
+        self.count += 1
+        self.bar.update()
+        if self.count % LOG_EVERY and self.count != self.bar.total:
+            return
+        means = dict(zip(METRICS, torch.stack(self.window).mean(0).tolist()))
+        now = time.perf_counter()
+        self.milliseconds.append(1000 * (now - self.start) / len(self.window))
+        self.megabytes.append(memory_mb(self.device))
+        line = {"step": self.count, "epoch": epoch, **means, "lr": lr, "ms_per_step": self.milliseconds[-1], "memory_mb": self.megabytes[-1]}
+        self.file.write(json.dumps(line) + "\n")
+        self.bar.set_postfix({name: f"{means[name]:.4f}" for name in METRICS[:4]})
+        self.means.append(means)
+        self.window, self.start = [], now
+
+    def epoch(self, epoch, lambda_max):
+        """Write the epoch's line: the means of its steps and, if it was measured, λ_max."""
+        means = {name: statistics.fmean(line[name] for line in self.means) for name in METRICS} if self.means else {}
+        self.file.write(json.dumps({"end_of_epoch": epoch, "step": self.count, **means, "lambda_max": lambda_max}) + "\n")
+        self.means, self.start = [], time.perf_counter()
+
+    def cost(self):
+        """Table 3: the median time of a step, without the first tenth, and the memory sampled along the run."""
+        self.bar.close()
+        times, sizes = self.milliseconds[len(self.milliseconds) // 10 :], self.megabytes
+        memory = {"mean_mb": statistics.fmean(sizes), "peak_mb": max(sizes), "std_mb": statistics.pstdev(sizes)}
+        return {"ms_per_step": statistics.median(times), **memory}
+
+
+def memory_mb(device):
+    """Megabytes in use: the accelerator's peak since the last call, or the process's resident memory on a CPU."""
+    if device.type != "cpu":
+        peak = torch.accelerator.max_memory_allocated() / 2**20
+        torch.accelerator.reset_peak_memory_stats()
+        return peak
+    statm = Path("/proc/self/statm")  # of Linux; elsewhere nothing is measured
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20 if statm.exists() else 0.0
+
+
+# --------------------------------------------------------------------------------------------- sharpness (Table 4)
+
+
+def largest_hessian_eigenvalue(loss_fn, parameters, iterations=20, seed=0):
+    """λ_max, the largest eigenvalue of the Hessian of loss_fn() at the parameters, by power iteration on products H v.
+
+    loss_fn takes nothing and gives a scalar that is twice differentiable; it is called once. Power iteration finds the
+    eigenvalue of the largest size; if that is negative, a second one on H shifted by it finds the largest.
+    """
+    parameters = list(parameters)
+    gradient = torch.autograd.grad(loss_fn(), parameters, create_graph=True, materialize_grads=True)
+    product = lambda v: torch.autograd.grad(gradient, parameters, v, retain_graph=True, materialize_grads=True)
+    generator = torch.Generator().manual_seed(seed)
+    eigenvalue = shift = 0.0
+    for _ in range(2):
+        v = [torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in parameters]
+        for _ in range(iterations):
+            length = torch.stack(torch._foreach_norm(v)).norm()
+            v = [x / length for x in v]
+            Hv = [h - shift * x for h, x in zip(product(v), v)]
+            eigenvalue = sum((x * h).sum() for x, h in zip(v, Hv)).item() + shift  # vᵀ H v
+            v = Hv
+        if eigenvalue >= 0 or shift:
+            break
+        shift = eigenvalue
+    return eigenvalue
+
+
+def measure_sharpness(student, projections, batches, s):
+    """λ_max of the full training objective (Eq. 7) over fixed batches, without dropout."""
+    attention = student.config._attn_implementation
+    student.eval()
+    student.set_attn_implementation("eager")  # the fused kernels have no second derivative
+    loss = lambda: sum(total_loss(student, projections, tokens, teacher, s)[0] for tokens, teacher, _ in batches) / len(batches)
+    lambda_max = largest_hessian_eigenvalue(loss, [p for p in [*student.parameters(), *projections] if p.requires_grad])
+    student.set_attn_implementation(attention)
+    return lambda_max
 
 
 # ---------------------------------------------------------------------------------------------------------- saving
 
 
-def save_student(s, cache, student, tokenizer, projections):
+def save_student(s, cache, student, tokenizer, projections, cost):
     """Write the student so that transformers and sentence-transformers both load it, with the pooling it was trained with."""
     out = Path(s.output)
     tokenizer.model_max_length = min(s.max_length, tokenizer.model_max_length)
@@ -267,7 +380,7 @@ def save_student(s, cache, student, tokenizer, projections):
         "1_Pooling/config.json": {"word_embedding_dimension": student.config.hidden_size, **pooling},
         "sentence_bert_config.json": {"max_seq_length": tokenizer.model_max_length, "do_lower_case": False},
         "talas.json": {
-            "settings": asdict(s), "teacher": cache["teacher"], "corpus": cache["fingerprint"],
+            "settings": asdict(s), "teacher": cache["teacher"], "corpus": cache["fingerprint"], "cost": cost,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]},
         },
     }  # fmt: skip
@@ -294,7 +407,7 @@ def main(argv=None):
     s = parse_settings(argv)
     if Path(s.output).exists() and not s.overwrite:
         fail(f"{s.output} exists; choose another --output, or --overwrite it")
-    cache = load_cache(s.teacher)
+    cache = load_cache(s.teacher) if s.lambda2 or s.teacher.endswith(".pt") else load_sentences(s.teacher)
     torch.manual_seed(s.seed)
     if s.student == "tiny":
         student, tokenizer, s.pooling = tiny_student(cache["sentences"], s.seed)
@@ -302,9 +415,10 @@ def main(argv=None):
         student, tokenizer, s.pooling = load_encoder(s.student, s.pooling)
     student.to(pick_device(s.device))
     Path(s.output).mkdir(parents=True, exist_ok=True)
-    with open(f"{s.output}/metrics.jsonl", "w") as metrics:
-        projections = train(s, cache, student, tokenizer, lambda line: metrics.write(json.dumps(line) + "\n"))
-    save_student(s, cache, student, tokenizer, projections)
+    with open(f"{s.output}/metrics.jsonl", "w", buffering=1) as metrics:
+        projections, cost = train(s, cache, student, tokenizer, metrics)
+    save_student(s, cache, student, tokenizer, projections, cost)
+    print(", ".join(f"{name} {value:.1f}" for name, value in cost.items()))
     print(f"student saved to {s.output}; score it with: python eval.py {s.output}")
 
 

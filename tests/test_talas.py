@@ -1,5 +1,6 @@
 """talas.py against values worked out another way: by hand, by naive loops over the formula, by the library underneath."""
 
+import io
 import json
 import math
 import random
@@ -255,13 +256,13 @@ def test_eq2_asam_without_a_gradient_stays():
 
 
 def test_algorithm1_with_rho_0_is_adamw_bit_for_bit(bert, sentences):
-    cache = {"sentences": sentences, "embeddings": torch.randn(48, 8, generator=torch.Generator().manual_seed(0))}
+    cache = {"sentences": sentences, "sources": ["a"] * 48, "embeddings": torch.randn(48, 8, generator=torch.Generator().manual_seed(0))}
     final = []
     for optimizer in ("adamw", "asam"):
         student, tokenizer = AutoModel.from_pretrained(bert), AutoTokenizer.from_pretrained(bert)
         torch.manual_seed(1)
         s = Settings(optimizer=optimizer, rho=0.0, lr=1e-2, epochs=2, batch_size=8, pooling="cls")
-        talas.train(s, cache, student, tokenizer, lambda line: None)
+        talas.train(s, cache, student, tokenizer, io.StringIO())
         final.append(student.state_dict())
     assert not torch.equal(final[0]["encoder.layer.0.output.dense.weight"], AutoModel.from_pretrained(bert).encoder.layer[0].output.dense.weight)
     assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
@@ -272,8 +273,117 @@ def test_algorithm1_both_passes_draw_the_same_dropout_masks(batch):
     student.train()
     s = Settings(optimizer="asam", rho=0.0, lambda1=1.0, pooling="cls")
     asam = ASAM(torch.optim.SGD(student.parameters(), lr=0.0), rho=0.0)
-    gap = talas.training_step(student, projections, asam, tokens, teacher, s)[-1]
+    gap = talas.training_step(student, projections, asam, tokens, teacher, None, s)[-1]
     assert gap.item() == 0.0  # at ρ = 0 the two passes are one function at one point
+
+
+# ------------------------------------------------------------------------------------------------- Appendix B, SAM and DISAM
+
+
+def test_eq10_to_12_disam_objective_by_hand():
+    losses, domains = torch.tensor([1.0, 3.0, 4.0, 8.0]), torch.tensor([5, 5, 2, 9])  # L_i: 2, 4, 8; α_i: 1/2, 1/4, 1/4
+    variance = 2 * ((2 - 4) ** 2 + (2 - 8) ** 2 + (4 - 8) ** 2) / (2 * 3**2)
+    assert talas.disam_objective(losses, domains, 0.5).item() == pytest.approx(4.0 - 0.5 * variance)
+    assert variance == pytest.approx(torch.tensor([2.0, 4.0, 8.0]).var(unbiased=False).item())
+
+
+def test_eq10_disam_on_one_domain_is_sam():
+    losses = torch.tensor([1.0, 3.0, 5.0])
+    assert talas.disam_objective(losses, torch.zeros(3, dtype=torch.long), 0.5).item() == pytest.approx(3.0)
+
+
+def test_eq10_disam_climbs_less_where_a_domain_is_worse_than_the_rest():
+    losses = torch.tensor([1.0, 1.0, 9.0, 9.0], requires_grad=True)
+    talas.disam_objective(losses, torch.tensor([0, 0, 1, 1]), 0.02).backward()
+    # L = (1, 9), d Var / d L_1 = -(9 - 1) / 2: the gradient 1/2 -+ 0.02 * 4, shared by two sentences
+    torch.testing.assert_close(losses.grad, torch.tensor([0.29, 0.29, 0.21, 0.21]))
+
+
+def test_eq10_each_sentence_has_its_own_loss(batch):
+    student, projections, tokens, teacher = batch
+    s = Settings(lambda1=0.3, pooling="mean")
+    losses, terms = talas.total_loss(student, projections, tokens, teacher, s, reduction="none")
+    loss, same = talas.total_loss(student, projections, tokens, teacher, s)
+    assert losses.shape == (4,)
+    torch.testing.assert_close(losses.mean(), loss)
+    torch.testing.assert_close(terms, same)
+    hidden = student(**tokens, output_hidden_states=True).hidden_states
+    layers = [pool(h, tokens["attention_mask"], "mean") for h in hidden[1:]]
+    one = torch.stack([1 - torch.cosine_similarity(layers[l][1] @ projections[l - 1], teacher[1], dim=0) for l in (1, 2)]).mean()
+    cosines = torch.cosine_similarity(layers[2][1][None], layers[2]) / 0.07
+    expected = 0.3 * (cosines.logsumexp(0) - cosines[1]) + 0.75 * one + talas.lasd_loss(layers)
+    torch.testing.assert_close(losses[1], expected)
+
+
+@pytest.mark.parametrize("optimizer, domains", [("sam", [0, 1, 0, 1]), ("disam", [0, 0, 0, 0]), ("disam", [0, 1, 0, 1])])
+def test_appendix_b_one_step_of_sam_and_disam(bert, optimizer, domains):
+    """The same step written out with plain SGD: ε̂ = ρ ∇ / ‖∇‖ of what is climbed, then the gradient of L at w + ε̂."""
+    tokens = {"input_ids": torch.tensor([[2, 40, 41, 3], [2, 42, 43, 3], [2, 44, 45, 3], [2, 46, 47, 3]]), "attention_mask": torch.ones(4, 4).long()}
+    teacher, projections, domains = torch.randn(4, 6), [torch.randn(32, 6).requires_grad_() for _ in range(2)], torch.tensor(domains)
+    s = Settings(optimizer=optimizer, lambda1=0.3, pooling="cls", disam_lambda=5.0)
+    student = AutoModel.from_pretrained(bert).eval()
+    objective = lambda **how: talas.total_loss(student, projections, tokens, teacher, s, **how)[0]
+    parameters = [p for name, p in student.named_parameters() if "pooler" not in name]
+
+    losses = objective(reduction="none")
+    means = torch.stack([losses[domains == d].mean() for d in domains.unique()])
+    climbed = losses.mean() - (5.0 * means.var(unbiased=False) if optimizer == "disam" else 0)
+    ascent = torch.autograd.grad(climbed, parameters + projections)
+    norm = sum((g**2).sum() for g in ascent).sqrt()
+    saved = [p.detach().clone() for p in parameters + projections]
+    with torch.no_grad():
+        for p, g in zip(parameters + projections, ascent):
+            p += 0.05 * g / norm
+    descent = torch.autograd.grad(objective(), parameters + projections)
+    with torch.no_grad():
+        for p, w in zip(parameters + projections, saved):
+            p.copy_(w)
+    expected = [w - 0.1 * g for w, g in zip(saved, descent)]
+
+    asam = ASAM(torch.optim.SGD([*parameters, *projections], lr=0.1), 0.05, adaptive=False)
+    talas.training_step(student, projections, asam, tokens, teacher, domains, s)
+    for p, w in zip(parameters + projections, expected):
+        torch.testing.assert_close(p.detach(), w, atol=2e-6, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- Table 4, sharpness
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_table4_largest_eigenvalue_of_a_known_hessian(sign):
+    """Also where the eigenvalue of the largest size is negative."""
+    A = rows(12, 12)
+    H = sign * (A @ A.T) + 3 * torch.diag(rows(12, seed=1))
+    x, y = rows(8, seed=2).requires_grad_(), rows(2, 2, seed=3).requires_grad_()
+    loss = lambda: (w := torch.cat([x, y.flatten()])) @ H @ w / 2
+    found = talas.largest_hessian_eigenvalue(loss, [x, y], iterations=3000)
+    assert found == pytest.approx(torch.linalg.eigvalsh(H).max().item(), rel=1e-4)
+
+
+def test_table4_measured_on_a_student_against_the_exact_hessian_and_finite_differences(batch):
+    student, projections, tokens, teacher = batch
+    assert student.config._attn_implementation == "sdpa"  # which has no second derivative
+    s = Settings(lambda1=0.3, pooling="cls")
+    before = torch.get_rng_state()
+    found = talas.measure_sharpness(student, projections, [(tokens, teacher, None)], s)
+    assert torch.equal(torch.get_rng_state(), before) and student.config._attn_implementation == "sdpa"
+    assert found == talas.measure_sharpness(student, projections, [(tokens, teacher, None)], s)
+
+    # the exact largest eigenvalue over one weight matrix of 32 x 32
+    student.double().set_attn_implementation("eager")
+    weight = student.encoder.layer[2].output.dense.bias
+    parameters = [W.double() for W in projections]
+    def loss_at(w):
+        swapped = dict(student.named_parameters()) | {"encoder.layer.2.output.dense.bias": w}
+        call = lambda **kw: torch.func.functional_call(student, swapped, kwargs=kw)
+        return talas.total_loss(call, parameters, tokens, teacher.double(), s)[0]
+    H = torch.autograd.functional.hessian(loss_at, weight.detach())
+    exact = torch.linalg.eigvalsh(H).max().item()
+    loss = lambda: talas.total_loss(student, parameters, tokens, teacher.double(), s)[0]
+    assert talas.largest_hessian_eigenvalue(loss, [weight], iterations=300) == pytest.approx(exact, rel=1e-3)
+    v, h = rows(32, seed=5), 1e-5
+    slope = lambda w: torch.autograd.functional.jacobian(loss_at, w)
+    torch.testing.assert_close((slope(weight.detach() + h * v) - slope(weight.detach() - h * v)) / (2 * h), H @ v, atol=1e-6, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- the student
@@ -318,8 +428,11 @@ def test_the_saved_student_loads_with_the_same_embeddings(tmp_path, bert, cache,
     assert [tuple(W.shape) for W in projections] == [(32, 8)] * 2
     settings = json.loads((out / "talas.json").read_text())
     assert settings["settings"]["lr"] == 1e-3 and settings["teacher"] == "random" and len(settings["corpus"]) == 64
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert metrics[-1]["step"] == 3 and {"loss", "simcse", "tamd", "lasd", "sharpness_gap", "lr", "epoch", "ms_per_step"} <= set(metrics[-1])
+    *steps, epoch = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    columns = {"step", "epoch", "loss", "simcse", "tamd", "lasd", "sharpness_gap", "lr", "ms_per_step", "memory_mb"}
+    assert steps[-1]["step"] == 3 and set(steps[-1]) == columns
+    assert epoch["end_of_epoch"] == 1 and epoch["lambda_max"] is None
+    assert settings["cost"].keys() == {"ms_per_step", "mean_mb", "peak_mb", "std_mb"}
 
 
 def test_the_saved_student_in_sentence_transformers(tmp_path, bert, cache, sentences):
@@ -336,7 +449,7 @@ def test_training_learns_the_teacher(tmp_path, bert, corpus):
     cache, out = tmp_path / "lsa.pt", tmp_path / "student"
     cache_teacher.main(["--corpus", str(corpus), "--output", str(cache)])
     run("--teacher", cache, "--student", bert, "--output", out, "--epochs", 30, "--batch_size", 16, "--lr", 3e-3)
-    tamd = [json.loads(line)["tamd"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    tamd = [json.loads(line)["tamd"] for line in (out / "metrics.jsonl").read_text().splitlines() if "lr" in line]
     assert tamd[-1] < 0.3 and tamd[-1] < tamd[0] / 2
 
 
@@ -356,6 +469,34 @@ def test_tiny_brings_its_own_defaults_and_the_command_line_wins(capsys):
 def test_an_existing_output_is_kept(tmp_path, cache, ends_with_one_line):
     (tmp_path / "student").mkdir()
     ends_with_one_line(lambda: run("--teacher", cache, "--output", tmp_path / "student"), "exists", "--overwrite")
+
+
+# ------------------------------------------------------------------------------------------------- Tables 2, 3, 7, 8, 9
+
+
+@pytest.mark.parametrize("optimizer", ["asam", "sam", "disam", "adamw"])
+@pytest.mark.parametrize("weights", [(0, 0.75, 0), (0.001, 0.75, 1)])
+def test_tables_2_and_9_every_combination_trains(tmp_path, bert, cache, optimizer, weights):
+    flags = [flag for i, w in enumerate(weights) for flag in (f"--lambda{i + 1}", w)]
+    run("--teacher", cache, "--student", bert, "--output", tmp_path / "out", "--optimizer", optimizer, "--epochs", 1, "--batch_size", 16, "--sharpness", *flags)
+    *_, epoch = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert math.isfinite(epoch["lambda_max"]) and (epoch["sharpness_gap"] == 0) == (optimizer == "adamw")
+
+
+def test_table2_simcse_alone_needs_no_teacher(tmp_path, bert, corpus):
+    run("--teacher", corpus, "--student", bert, "--output", tmp_path / "out", "--lambda1", 1, "--lambda2", 0, "--lambda3", 0, "--optimizer", "adamw", "--batch_size", 16)
+    assert json.loads((tmp_path / "out" / "talas.json").read_text())["teacher"] is None
+
+
+@pytest.mark.parametrize("anchored, chained", [(1, 2), (3, 3)])
+def test_tables_7_and_8_the_top_layers_are_taken(batch, anchored, chained):
+    student, _, tokens, teacher = batch
+    projections = [torch.randn(32, 6) for _ in range(anchored)]
+    s = Settings(anchored_layers=anchored, lasd_layers=chained, pooling="cls")
+    _, (_, tamd, lasd) = talas.total_loss(student, projections, tokens, teacher, s)
+    layers = [h[:, 0] for h in student(**tokens, output_hidden_states=True).hidden_states[1:]]
+    torch.testing.assert_close(tamd, talas.tamd_loss(layers[3 - anchored :], projections, teacher))
+    torch.testing.assert_close(lasd, talas.lasd_loss(layers[3 - chained :]))
 
 
 # ------------------------------------------------------------------------------------------------- the demo
