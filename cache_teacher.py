@@ -13,6 +13,7 @@ import csv
 import hashlib
 import json
 import os
+import pickle
 import sys
 import time
 from pathlib import Path
@@ -176,6 +177,20 @@ def declared_pooling(name):
     return known.get(str(mode)) or fail(f"{name} asks for {mode} pooling, which is not implemented; choose one with --pooling")
 
 
+def declare_pooling(folder, pooling, dimensions, max_length):
+    """Write the sentence-transformers files that `declared_pooling` reads, in the form that all its versions know."""
+    folder, names = Path(folder), {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in (("Transformer", ""), ("Pooling", "1_Pooling"))]
+    files = {
+        "modules.json": [{"idx": i, "name": str(i)} | module for i, module in enumerate(modules)],
+        "1_Pooling/config.json": {"word_embedding_dimension": dimensions} | {f"pooling_mode_{n}": pooling == key for key, n in names.items()},
+        "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
+    }
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def load_encoder(name, pooling="auto", dtype=torch.float32):
     """(model, tokenizer, pooling) of a Hub id or a directory, an encoder or a decoder; prints the pooling it settles on.
 
@@ -203,11 +218,14 @@ def load_encoder(name, pooling="auto", dtype=torch.float32):
 
 
 def tokenize(tokenizer, sentences, max_length):
-    """Token ids of n sentences, cut to max_length and to what the model takes: a list of n int32 arrays."""
-    limit, ids = min(max_length, tokenizer.model_max_length), []
+    """Token ids of n sentences, cut to max_length and to what the model takes: a list of n int32 arrays. Prints how many were cut."""
+    limit, ids, cut = min(max_length, tokenizer.model_max_length), [], 0
     for i in range(0, len(sentences), 10_000):  # in slices: the tokenizer's own output is many times larger than the ids
         rows = tokenizer(sentences[i : i + 10_000], truncation=True, max_length=limit, return_attention_mask=False)
         ids += [np.array(row, dtype=np.int32) for row in rows["input_ids"]]
+        cut += sum(bool(encoding.overflowing) for encoding in rows.encodings or [])
+    if cut:
+        print(f"{cut} of {len(ids)} sentences are longer than {limit} tokens: truncated")
     return ids
 
 
@@ -260,14 +278,14 @@ def fit_lsa(sentences):
 
 def read_array(path, rows):
     """Embeddings that came from elsewhere: a .npy or .pt array (rows, d_T), one row a sentence in the corpus's order."""
-    try:
-        if path.endswith(".npy"):
+    if path.endswith(".pt"):
+        array = load(path)
+    else:
+        try:
             array = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
-        else:
-            array = torch.load(path, weights_only=True, mmap=True)
-    except (OSError, ValueError, RuntimeError, EOFError) as error:
-        fail(f"cannot read the embeddings in {path}: {str(error).splitlines()[0]}")
-    if not isinstance(array, torch.Tensor) or array.ndim != 2:
+        except (OSError, ValueError, TypeError, EOFError) as error:
+            fail(f"cannot read the embeddings in {path}: {str(error).splitlines()[0]}")
+    if not isinstance(array, torch.Tensor) or array.ndim != 2 or not array.is_floating_point():
         fail(f"{path} must hold one array of shape (sentences, dimensions)")
     if len(array) != rows:
         fail(f"{path} has {len(array)} rows, but the corpus has {rows} sentences; give one row a sentence, in order")
@@ -316,18 +334,48 @@ def holds(old, new):
     return a.dtype == b.dtype and a.shape == b.shape and bool((torch.cosine_similarity(a.float(), b.float()) > 0.999).all())
 
 
-def write_cache(path, cache):
-    """Write the cache whole or not at all: to a temporary name first."""
-    partial = f"{path}.partial"
-    torch.save(cache, partial)
-    os.replace(partial, path)
+def save(path, content):
+    """torch.save, whole or not at all: to a temporary name first. Ends the program if it can't be written."""
+    partial = Path(f"{path}.partial")
+    try:
+        torch.save(content, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}")
+
+
+def load(path):
+    """torch.load of tensors and plain values, without running any code of the file's; ends the program if it can't be read."""
+    try:
+        return torch.load(path, weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        why = "it holds more than tensors and plain values" if isinstance(error, pickle.UnpicklingError) else "torn, or not a .pt file"
+        fail(f"cannot read {path}: {error.strerror if isinstance(error, OSError) and error.strerror else why}")
 
 
 def load_cache(path):
-    """The dict that cache_teacher.py wrote; its embeddings stay on disk (mmap). Ends the program if there is none."""
+    """The dict that this script wrote, checked; its embeddings stay on disk (mmap). Ends the program if it can't be used."""
     if not Path(path).exists():
         fail(f"no teacher cache at {path}; make one: python cache_teacher.py --output {path}")
-    return torch.load(path, weights_only=True, mmap=True)
+    cache, remedy = load(path), f"make it anew: python cache_teacher.py --overwrite --output {path}"
+    keys = {"sentences", "sources", "embeddings", "teacher", "pooling", "max_length", "fingerprint", "version"}
+    if not isinstance(cache, dict) or not keys <= cache.keys():
+        fail(f"{path} is no teacher cache; {remedy}")
+    if cache["version"] != VERSION:
+        fail(f"{path} has format {cache['version']}, this code reads {VERSION}; {remedy}")
+    sentences, sources, embeddings = cache["sentences"], cache["sources"], cache["embeddings"]
+    if not isinstance(embeddings, torch.Tensor) or embeddings.ndim != 2 or embeddings.dtype not in (torch.float32, torch.float16):
+        fail(f"{path}: embeddings must be a float32 or float16 array (sentences, dimensions); {remedy}")
+    if not len(sentences) == len(sources) == len(embeddings) > 0:
+        fail(f"{path} has {len(sentences)} sentences, {len(sources)} sources, {len(embeddings)} embeddings; {remedy}")
+    if not all(isinstance(sentence, str) for sentence in sentences) or fingerprint(sentences) != cache["fingerprint"]:
+        fail(f"{path}: the sentences are not the ones that were embedded (their fingerprint differs); {remedy}")
+    for rows in embeddings.split(65_536):
+        lengths = rows.float().norm(dim=1)
+        if not lengths.isfinite().all() or not lengths.all():
+            fail(f"{path}: some embeddings are zero or not finite; {remedy}")
+    return cache
 
 
 def load_sentences(corpus):
@@ -380,7 +428,7 @@ def main(argv=None):
     embeddings = embed(range(len(texts)))
     rate = len(texts) / (time.perf_counter() - start)
     cache = make_cache(args, texts, sources, pooling, embeddings)
-    write_cache(args.output, cache)
+    save(args.output, cache)
     print(f"{args.output}: {len(cache['sentences'])} embeddings of {embeddings.shape[1]} dimensions, {args.teacher}, {rate:.0f} sentences/s")
 
 

@@ -9,8 +9,11 @@ L the number of Transformer layers of the student, d_S and d_T the dimensions of
 """
 
 import json
+import math
 import os
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -20,12 +23,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import transformers
-from tokenizers import BertWordPieceTokenizer
 from tqdm import tqdm
-from transformers import BertConfig, BertModel, BertTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from cache_teacher import fail, load_cache, load_encoder, load_sentences, pad, pick_device, pool, quiet, tokenize
+from cache_teacher import declare_pooling, fail, load, load_cache, load_encoder, load_sentences
+from cache_teacher import pad, pick_device, pool, quiet, save, tokenize
+from demo import tiny
 
 # ------------------------------------------------------------------------------------------------------- settings
 
@@ -38,6 +42,7 @@ class Settings:
     student: str = HfArg(default="tiny", help="Hub id or directory of an encoder; tiny: a small BERT from scratch")
     output: str = HfArg(default="student", help="directory for the distilled student")
     overwrite: bool = HfArg(default=False, help="replace an earlier run's output")
+    resume: bool = HfArg(default=False, help="go on from the last whole epoch of an interrupted run")
     pooling: Literal["auto", "cls", "mean", "last"] = HfArg(default="auto", help="auto: as the student's files say")
     lambda1: float = HfArg(default=0.001, help="weight of SimCSE, Eq. 6")
     lambda2: float = HfArg(default=0.75, help="weight of TAMD, Eq. 3")
@@ -62,14 +67,10 @@ class Settings:
     sharpness: bool = HfArg(default=False, help="record the largest Hessian eigenvalue after each epoch, Table 4")
 
 
-# What the student from scratch needs instead: the paper's values move a pretrained student a little.
-TINY = {"lr": 5e-3, "epochs": 1}
-TINY_BERT = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 128, "attention_probs_dropout_prob": 0.0}
-TINY_VOCABULARY = 4000
-
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl
 SHARPNESS_BATCHES = 4  # over which λ_max is measured
-METRICS = ["loss", "simcse", "tamd", "lasd", "sharpness_gap"]  # the gap is L(w̃) - L(w)
+METRICS = ["simcse", "tamd", "lasd", "loss", "sharpness_gap"]  # the gap is L(w̃) - L(w), the second pass
+KEPT = "The checkpoint of the last whole epoch is good: --resume"
 
 # ------------------------------------------------------------------------------------------------ losses (Section 3)
 
@@ -199,28 +200,11 @@ class ASAM:
         self.optimizer.zero_grad()
 
 
-# ------------------------------------------------------------------------------------- the demo's student, from scratch
-
-
-def tiny_student(sentences, seed):
-    """(model, tokenizer, "cls"): a small BERT with random weights and a WordPiece vocabulary of the sentences' own."""
-    wordpiece = BertWordPieceTokenizer()
-    letters = sorted(set(wordpiece.normalize("".join(sentences))) - {" "})
-    # naming the "##" letters up front fixes the trainer's order, which otherwise changes from run to run
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"##{letter}" for letter in letters)]
-    wordpiece.train_from_iterator(sentences, TINY_VOCABULARY, special_tokens=special, show_progress=False)
-    tokenizer = BertTokenizer(vocab=wordpiece.get_vocab(), model_max_length=512)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = BertModel(BertConfig(vocab_size=len(tokenizer), **TINY_BERT))
-    return model, tokenizer, "cls"
-
-
 # ----------------------------------------------------------------------------------------------------- Algorithm 1
 
 
 def training_step(student, projections, optimizer, tokens, teacher, domains, s):
-    """One step of Algorithm 1 on a batch: w moves. Returns [L(w), its three terms, L(w̃) - L(w)], (5,), without gradient."""
+    """One step of Algorithm 1 on a batch: w moves. Returns the three terms, L(w), and L(w̃) - L(w), (5,), without gradient."""
     objective = lambda **how: total_loss(student, projections, tokens, teacher, s, **how)
     if s.optimizer == "adamw":
         loss, terms = perturbed_loss, _ = objective()
@@ -228,12 +212,12 @@ def training_step(student, projections, optimizer, tokens, teacher, domains, s):
         with torch.random.fork_rng():  # the second pass draws the same dropout masks: one function, at two points
             losses, terms = objective(reduction="none" if s.optimizer == "disam" else "mean")
         loss = losses.mean()
-        (disam_objective(losses, domains, s.disam_lambda) if s.optimizer == "disam" else loss).backward()
+        (disam_objective(losses.expand(len(domains)), domains, s.disam_lambda) if s.optimizer == "disam" else loss).backward()
         optimizer.ascent_step()
         perturbed_loss, _ = objective()
     perturbed_loss.backward()  # 2. Descent step: the gradient at w̃ moves w
     optimizer.descent_step()
-    return torch.stack([loss, *terms, perturbed_loss - loss]).detach()
+    return torch.stack([*terms, loss, perturbed_loss - loss]).detach()
 
 
 def set_up(s, student, targets, steps):
@@ -247,8 +231,8 @@ def set_up(s, student, targets, steps):
     return projections, ASAM(adamw, s.rho, s.eta, adaptive=s.optimizer == "asam"), scheduler
 
 
-def train(s, cache, student, tokenizer, metrics):
-    """Algorithm 1. Trains the student in place; `metrics` is an open file. Returns (projections, cost, a dict)."""
+def train(s, cache, student, tokenizer, resumed=None):
+    """Algorithm 1. Trains the student in place, from a checkpoint if one is given. Returns (projections, cost, a dict)."""
     sentences, targets = tokenize(tokenizer, cache["sentences"], s.max_length), cache["embeddings"]
     names = sorted(set(cache["sources"]))
     domains = torch.tensor([names.index(source) for source in cache["sources"]])
@@ -261,26 +245,57 @@ def train(s, cache, student, tokenizer, metrics):
 
     steps_per_epoch = len(sentences) // s.batch_size
     projections, optimizer, scheduler = set_up(s, student, targets, s.epochs * steps_per_epoch)
-    meter = Meter(metrics, s.epochs * steps_per_epoch, student.device)
-    for epoch in range(s.epochs):
+    state = Checkpoint(s, cache["fingerprint"], student, projections, optimizer.optimizer, scheduler)
+    first_epoch, position = state.load(resumed) if resumed else state.save(0, 0)
+    meter = Meter(f"{s.output}/metrics.jsonl", position, first_epoch * steps_per_epoch, s.epochs * steps_per_epoch, student.device)
+    for epoch in range(first_epoch, s.epochs):
         student.train()
         order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(s.seed + epoch))
         for batch in order.split(s.batch_size)[:steps_per_epoch]:  # sample a mini-batch B; an incomplete one is left out
             values = training_step(student, projections, optimizer, *fetch(batch), s)
             scheduler.step()
             meter.step(values, epoch + 1, scheduler.get_last_lr()[0])
-        fixed = [fetch(batch) for batch in torch.arange(len(sentences)).split(s.batch_size)[:SHARPNESS_BATCHES]] if s.sharpness else []
-        meter.epoch(epoch + 1, measure_sharpness(student, projections, fixed, s) if s.sharpness else None)
+        fixed = torch.arange(len(sentences)).split(s.batch_size)[:SHARPNESS_BATCHES]
+        meter.epoch(epoch + 1, measure_sharpness(student, projections, map(fetch, fixed), s) if s.sharpness else None)
+        state.save(epoch + 1, meter.file.tell())
     return projections, meter.cost()
+
+
+class Checkpoint:
+    """What a run needs to go on after an interruption as if nothing had happened; a file in the output directory."""
+
+    def __init__(self, s, corpus, student, projections, adamw, scheduler):
+        self.path, self.settings, self.corpus = f"{s.output}/checkpoint.pt", asdict(s), corpus
+        self.modules = {"student": student, "projections": torch.nn.ParameterList(projections), "adamw": adamw, "scheduler": scheduler}
+        self.random = torch if student.device.type == "cpu" else torch.get_device_module(student.device)
+
+    def save(self, epoch, position):
+        """Write the state after `epoch` epochs and `position` bytes of metrics.jsonl, whole or not at all; returns both."""
+        if not all(p.isfinite().all() for p in self.modules["student"].parameters()):
+            fail(f"epoch {epoch} left weights that are not finite; try a lower --lr or --rho. {KEPT}")
+        state = {"epoch": epoch, "position": position, "settings": self.settings, "corpus": self.corpus}
+        state |= {name: module.state_dict() for name, module in self.modules.items()}
+        save(self.path, state | {"random": (torch.get_rng_state(), self.random.get_rng_state())})
+        return epoch, position
+
+    def load(self, state):
+        """Go back to a saved state; returns its epoch and position."""
+        for name, module in self.modules.items():
+            module.load_state_dict(state[name])
+        torch.set_rng_state(state["random"][0])
+        self.random.set_rng_state(state["random"][1])
+        return state["epoch"], state["position"]
 
 
 class Meter:
     """The progress bar, the lines of metrics.jsonl, and at the end what the run cost (Table 3)."""
 
-    def __init__(self, file, steps, device):
-        self.file, self.device, self.count, self.window, self.means = file, device, 0, [], []
+    def __init__(self, path, position, step, steps, device):
+        self.file = open(path, "a", buffering=1, encoding="utf-8")
+        self.file.truncate(position)  # what an interrupted epoch wrote is written again
+        self.device, self.count, self.window, self.means = device, step, [], []
         self.milliseconds, self.megabytes, self.start = [], [], time.perf_counter()
-        self.bar = tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True)
+        self.bar = tqdm(initial=step, total=steps, unit="step", disable=None, dynamic_ncols=True)
 
     def step(self, values, epoch, lr):
         """Take the values of one step, which stay on the device until a line is due: the host does not wait for them."""
@@ -289,7 +304,12 @@ class Meter:
         self.bar.update()
         if self.count % LOG_EVERY and self.count != self.bar.total:
             return
-        means = dict(zip(METRICS, torch.stack(self.window).mean(0).tolist()))
+        rows = torch.stack(self.window).cpu()  # (steps, 5)
+        if len(bad := (~rows.isfinite()).nonzero()):
+            step, which = bad[0].tolist()
+            self.bar.close()
+            fail(f"step {self.count - len(rows) + 1 + step}: {METRICS[which]} is not finite; try a lower --lr or --rho. {KEPT}")
+        means = dict(zip(METRICS, rows.mean(0).tolist()))
         now = time.perf_counter()
         self.milliseconds.append(1000 * (now - self.start) / len(self.window))
         self.megabytes.append(memory_mb(self.device))
@@ -353,6 +373,7 @@ def largest_hessian_eigenvalue(loss_fn, parameters, iterations=20, seed=0):
 
 def measure_sharpness(student, projections, batches, s):
     """λ_max of the full training objective (Eq. 7) over fixed batches, without dropout."""
+    batches = list(batches)
     attention = student.config._attn_implementation
     student.eval()
     student.set_attn_implementation("eager")  # the fused kernels have no second derivative
@@ -362,31 +383,65 @@ def measure_sharpness(student, projections, batches, s):
     return lambda_max
 
 
-# ---------------------------------------------------------------------------------------------------------- saving
+# ---------------------------------------------------------------------------------- settings that fit, saving, main
+
+
+def check(s, student, tokenizer, sentences):
+    """End the program if a setting has no meaning, or does not fit the student or the corpus."""
+    positive = ("temperature", "lr", "projection_lr_scale", "epochs", "batch_size", "max_length", "anchored_layers")
+    for name, value in asdict(s).items():
+        if type(value) in (int, float) and not (0 <= value < math.inf and (value or name not in positive)):
+            fail(f"--{name} {value}: it must be a number {'above' if name in positive else 'of at least'} 0")
+    L, embeddings = student.config.num_hidden_layers, student.get_input_embeddings().num_embeddings
+    wrong = {
+        f"--warmup_ratio {s.warmup_ratio}: it is a part of the steps, at most 1": s.warmup_ratio > 1,
+        "--lambda1, --lambda2 and --lambda3 are all 0: there is nothing to learn": not (s.lambda1 or s.lambda2 or s.lambda3),
+        "--batch_size 1: Eqs. 5 and 6 compare the sentences of a batch; take 2 or more, or --lambda1 0 --lambda3 0": s.batch_size == 1 and (s.lambda1 or s.lambda3),
+        f"--batch_size {s.batch_size}: the corpus has only {len(sentences)} sentences": len(sentences) < s.batch_size,
+        f"--anchored_layers {s.anchored_layers}: {s.student} has {L} layers": s.lambda2 and s.anchored_layers > L,
+        f"--lasd_layers {s.lasd_layers}: Eq. 5 needs 2 to L layers, {s.student} has L = {L}; or set --lambda3 0": s.lambda3 and (L < 2 or s.lasd_layers == 1 or s.lasd_layers > L),
+        f"{s.student}: its tokenizer has {len(tokenizer)} tokens, its embeddings {embeddings}; they belong to two models": len(tokenizer) > embeddings,
+    }  # fmt: skip
+    for message in (message for message, is_wrong in wrong.items() if is_wrong):
+        fail(message)
+
+
+def find_checkpoint(s):
+    """The checkpoint to resume from, or None for a new run. Ends the program if the output is not to be touched."""
+    out = Path(s.output)
+    checkpoint, finished = out / "checkpoint.pt", (out / "talas.json").exists()
+    if s.resume and checkpoint.exists():
+        state = load(checkpoint)
+        old, new = state["settings"], asdict(s)
+        if changed := [name for name in new if name not in ("resume", "overwrite", "output", "pooling") and new[name] != old.get(name)]:
+            fail(f"--resume with another --{changed[0]}: it was {old.get(changed[0])}, now {new[changed[0]]}")
+        return state
+    if s.resume:
+        fail(f"{s.output} is a finished run" if finished else f"{s.output} holds no checkpoint to resume from; run without --resume")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (s.overwrite and out.is_dir()):
+        fail(f"{s.output} holds an interrupted run; --resume it, or --overwrite it" if checkpoint.exists() else f"{s.output} exists; choose another --output, or --overwrite it")
+    return None
 
 
 def save_student(s, cache, student, tokenizer, projections, cost):
-    """Write the student so that transformers and sentence-transformers both load it, with the pooling it was trained with."""
+    """Write the student as transformers and sentence-transformers load it; each file is whole when it gets its place."""
     out = Path(s.output)
+    draft = out / ".saving"
     tokenizer.model_max_length = min(s.max_length, tokenizer.model_max_length)
-    student.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    torch.save([W.detach().cpu() for W in projections], out / "projections.pt")
-    names = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
-    pooling = {f"pooling_mode_{name}": s.pooling == key for key, name in names.items()}
-    modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
-    files = {
-        "modules.json": [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"} for i, (kind, path) in enumerate(modules)],
-        "1_Pooling/config.json": {"word_embedding_dimension": student.config.hidden_size, **pooling},
-        "sentence_bert_config.json": {"max_seq_length": tokenizer.model_max_length, "do_lower_case": False},
-        "talas.json": {
-            "settings": asdict(s), "teacher": cache["teacher"], "corpus": cache["fingerprint"], "cost": cost,
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]},
-        },
-    }  # fmt: skip
-    (out / "1_Pooling").mkdir(exist_ok=True)
-    for name, content in files.items():
-        (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    student.save_pretrained(draft)
+    tokenizer.save_pretrained(draft)
+    declare_pooling(draft, s.pooling, student.config.hidden_size, tokenizer.model_max_length)
+    torch.save([W.detach().cpu() for W in projections], draft / "projections.pt")
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
+    commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    record = {"settings": asdict(s), "teacher": cache["teacher"], "corpus": cache["fingerprint"], "cost": cost}
+    (draft / "talas.json").write_text(json.dumps(record | {"versions": versions, "commit": commit or None}, indent=2) + "\n")
+    for path in sorted(draft.rglob("*")):
+        if path.is_file():
+            (out / path.relative_to(draft)).parent.mkdir(exist_ok=True)
+            os.replace(path, out / path.relative_to(draft))
+    shutil.rmtree(draft)
+    (out / "checkpoint.pt").unlink()
 
 
 def parse_settings(argv):
@@ -395,8 +450,8 @@ def parse_settings(argv):
     parser.error = fail
     s = Settings(**vars(parser.parse_args(argv)))
     if s.student == "tiny":
-        print("student tiny, from scratch, unless set otherwise:", ", ".join(f"--{k} {v}" for k, v in TINY.items()))
-        parser.set_defaults(**TINY)
+        print("student tiny, from scratch, unless set otherwise:", ", ".join(f"--{k} {v}" for k, v in tiny.SETTINGS.items()))
+        parser.set_defaults(**tiny.SETTINGS)
         s = Settings(**vars(parser.parse_args(argv)))
     return s
 
@@ -405,19 +460,25 @@ def main(argv=None):
     """The command line: read the cache, train, save."""
     quiet()
     s = parse_settings(argv)
-    if Path(s.output).exists() and not s.overwrite:
-        fail(f"{s.output} exists; choose another --output, or --overwrite it")
+    resumed = find_checkpoint(s)
     cache = load_cache(s.teacher) if s.lambda2 or s.teacher.endswith(".pt") else load_sentences(s.teacher)
+    if resumed and resumed["corpus"] != cache["fingerprint"]:
+        fail(f"--resume with another corpus: {s.teacher} has changed since the run began")
     torch.manual_seed(s.seed)
     if s.student == "tiny":
-        student, tokenizer, s.pooling = tiny_student(cache["sentences"], s.seed)
+        student, tokenizer, s.pooling = tiny.tiny_student(cache["sentences"], s.seed)
     else:
         student, tokenizer, s.pooling = load_encoder(s.student, s.pooling)
+    check(s, student, tokenizer, cache["sentences"])
     student.to(pick_device(s.device))
-    Path(s.output).mkdir(parents=True, exist_ok=True)
-    with open(f"{s.output}/metrics.jsonl", "w", buffering=1) as metrics:
-        projections, cost = train(s, cache, student, tokenizer, metrics)
-    save_student(s, cache, student, tokenizer, projections, cost)
+    try:
+        Path(s.output).mkdir(parents=True, exist_ok=True)
+        projections, cost = train(s, cache, student, tokenizer, resumed)
+        save_student(s, cache, student, tokenizer, projections, cost)
+    except KeyboardInterrupt:
+        fail(f"interrupted; the same command with --resume goes on from the last whole epoch in {s.output}")
+    except OSError as error:
+        fail(f"cannot write to {s.output}: {error.strerror or error}")
     print(", ".join(f"{name} {value:.1f}" for name, value in cost.items()))
     print(f"student saved to {s.output}; score it with: python eval.py {s.output}")
 

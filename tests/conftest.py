@@ -31,7 +31,7 @@ def corpus(tmp_path):
 
 def small_bert(folder, seed=0, layers=3, **config):
     """Write a BERT with random weights and a vocabulary of its own to `folder`, as transformers does."""
-    from talas import tiny_student
+    from demo.tiny import tiny_student
 
     model, tokenizer, _ = tiny_student(SENTENCES, seed)
     torch.manual_seed(seed)

@@ -1,6 +1,5 @@
 """talas.py against values worked out another way: by hand, by naive loops over the formula, by the library underneath."""
 
-import io
 import json
 import math
 import random
@@ -14,7 +13,8 @@ from transformers import AutoModel, AutoTokenizer
 
 import cache_teacher
 import talas
-from cache_teacher import load_cache, make_cache, pool, write_cache
+from cache_teacher import load_cache, make_cache, pool, save
+from demo import tiny
 from talas import ASAM, Settings
 
 torch.manual_seed(0)
@@ -255,14 +255,14 @@ def test_eq2_asam_without_a_gradient_stays():
     assert torch.equal(w, before)
 
 
-def test_algorithm1_with_rho_0_is_adamw_bit_for_bit(bert, sentences):
-    cache = {"sentences": sentences, "sources": ["a"] * 48, "embeddings": torch.randn(48, 8, generator=torch.Generator().manual_seed(0))}
+def test_algorithm1_with_rho_0_is_adamw_bit_for_bit(tmp_path, bert, sentences):
+    cache = {"sentences": sentences, "sources": ["a"] * 48, "fingerprint": "", "embeddings": torch.randn(48, 8, generator=torch.Generator().manual_seed(0))}
     final = []
     for optimizer in ("adamw", "asam"):
         student, tokenizer = AutoModel.from_pretrained(bert), AutoTokenizer.from_pretrained(bert)
         torch.manual_seed(1)
-        s = Settings(optimizer=optimizer, rho=0.0, lr=1e-2, epochs=2, batch_size=8, pooling="cls")
-        talas.train(s, cache, student, tokenizer, io.StringIO())
+        s = Settings(optimizer=optimizer, rho=0.0, lr=1e-2, epochs=2, batch_size=8, pooling="cls", output=str(tmp_path))
+        talas.train(s, cache, student, tokenizer)
         final.append(student.state_dict())
     assert not torch.equal(final[0]["encoder.layer.0.output.dense.weight"], AutoModel.from_pretrained(bert).encoder.layer[0].output.dense.weight)
     assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
@@ -390,7 +390,7 @@ def test_table4_measured_on_a_student_against_the_exact_hessian_and_finite_diffe
 
 
 def test_tiny_student_is_the_same_in_every_process():
-    code = "from tests.conftest import SENTENCES; from talas import tiny_student; m, t, _ = tiny_student(SENTENCES, 1);"
+    code = "from tests.conftest import SENTENCES; from demo.tiny import tiny_student; m, t, _ = tiny_student(SENTENCES, 1);"
     code += "print(sorted(t.get_vocab().items()), m.encoder.layer[2].output.dense.weight.sum().item())"
     runs = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout for _ in range(2)}
     assert len(runs) == 1 and "harbour" in runs.pop()
@@ -403,7 +403,7 @@ def cache(tmp_path, sentences):
 
     args = SimpleNamespace(teacher="random", max_length=256, dtype="float32")
     embeddings = torch.randn(48, 8, generator=torch.Generator().manual_seed(3))
-    write_cache(tmp_path / "teacher.pt", make_cache(args, sentences, ["a", "b"] * 24, "none", embeddings))
+    save(tmp_path / "teacher.pt", make_cache(args, sentences, ["a", "b"] * 24, "none", embeddings))
     return tmp_path / "teacher.pt"
 
 
@@ -461,13 +461,14 @@ def test_the_paper_is_the_default():
 
 def test_tiny_brings_its_own_defaults_and_the_command_line_wins(capsys):
     s = talas.parse_settings(["--epochs", "7"])
-    assert s.student == "tiny" and s.epochs == 7 and s.lr == talas.TINY["lr"]
-    assert f"--lr {talas.TINY['lr']}" in capsys.readouterr().out
+    assert s.student == "tiny" and s.epochs == 7 and s.lr == tiny.SETTINGS["lr"]
+    assert f"--lr {tiny.SETTINGS['lr']}" in capsys.readouterr().out
     assert talas.parse_settings(["--student", "somewhere"]).lr == 2e-5
 
 
 def test_an_existing_output_is_kept(tmp_path, cache, ends_with_one_line):
     (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "mine.txt").write_text("mine")
     ends_with_one_line(lambda: run("--teacher", cache, "--output", tmp_path / "student"), "exists", "--overwrite")
 
 
