@@ -11,9 +11,11 @@ Also here, for all three scripts: loading an encoder, tokenising, pooling, and e
 import argparse
 import csv
 import hashlib
+import io
 import json
 import os
 import pickle
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -57,6 +59,16 @@ def pick_device(name):
         fail(f"--device {name} is not here; use auto or cpu")
 
 
+def memory_mb(device):
+    """Megabytes in use: the accelerator's peak since the last call, or the process's resident memory on a CPU."""
+    if device.type != "cpu":
+        peak = torch.accelerator.max_memory_allocated() / 2**20
+        torch.accelerator.reset_peak_memory_stats()
+        return peak
+    statm = Path("/proc/self/statm")  # of Linux; elsewhere nothing is measured
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20 if statm.exists() else 0.0
+
+
 # ------------------------------------------------------------------------------------------------- the corpus
 
 
@@ -71,7 +83,7 @@ def read_table(path):
         fail(f"cannot read {path}: {error.strerror}")
     except UnicodeDecodeError:
         fail(f"{path} is not UTF-8 text; convert it first, for example with iconv")
-    lines = text.splitlines()
+    lines = text.removesuffix("\n").split("\n")  # not splitlines, which cuts at U+2028 and its like, too
     if path.suffix == ".jsonl":
         rows = []
         for number, line in enumerate(lines, 1):
@@ -81,7 +93,12 @@ def read_table(path):
                 fail(f"{path}, line {number} is not JSON; is the file torn?")
         return rows
     if path.suffix in (".csv", ".tsv"):
-        return list(csv.DictReader(text.splitlines(keepends=True), delimiter="\t" if path.suffix == ".tsv" else ","))
+        try:
+            return list(
+                csv.DictReader(io.StringIO(text), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+            )
+        except csv.Error as error:
+            fail(f"{path} is not a {path.suffix} table: {error}")
     if path.suffix == ".txt":
         return [{"text": line} for line in lines]
     fail(f"{path}: only .txt, .jsonl, .csv and .tsv files are read")
@@ -122,7 +139,8 @@ def clean(sentences):
         first.setdefault(sentence.strip(), i)
     blank = sum(not sentence.strip() for sentence in sentences)
     first.pop("", None)
-    print(f"{len(sentences)} sentences: {blank} blank and {len(sentences) - blank - len(first)} repeated removed, {len(first)} left")
+    repeated = len(sentences) - blank - len(first)
+    print(f"{len(sentences)} sentences: {blank} blank and {repeated} repeated removed, {len(first)} left")
     return list(first.values()) or fail("the corpus holds no sentence")
 
 
@@ -164,9 +182,10 @@ def declared_pooling(name):
     Reads both forms, {"pooling_mode_cls_token": true} and {"pooling_mode": "cls"}. Ends the program if the model needs a
     module or a pooling that is not implemented here: its embeddings would be wrong.
     """
-    modules = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in read_model_json(name, "modules.json") or []}
+    listed = read_model_json(name, "modules.json") or []
+    modules = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in listed}
     if extra := sorted(set(modules) - {"Transformer", "Pooling", "Normalize"}):
-        fail(f"{name} has a {extra[0]} module: encode with sentence-transformers and pass the array, --teacher embeddings.npy")
+        fail(f"{name} has a {extra[0]} module: encode with sentence-transformers and pass the array, --teacher X.npy")
     if "Pooling" not in modules:
         return None
     config = read_model_json(name, f"{modules['Pooling']}/config.json")
@@ -174,16 +193,22 @@ def declared_pooling(name):
     modes = [old.get(key, key) for key, on in config.items() if key.startswith("pooling_mode_") and on]
     mode = config.get("pooling_mode") or "+".join(modes) or "mean"
     known = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
-    return known.get(str(mode)) or fail(f"{name} asks for {mode} pooling, which is not implemented; choose one with --pooling")
+    if str(mode) not in known:
+        fail(f"{name} asks for {mode} pooling, which is not implemented; choose one with --pooling")
+    return known[mode]
 
 
 def declare_pooling(folder, pooling, dimensions, max_length):
     """Write the sentence-transformers files that `declared_pooling` reads, in the form that all its versions know."""
     folder, names = Path(folder), {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
-    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in (("Transformer", ""), ("Pooling", "1_Pooling"))]
+    kind = "sentence_transformers.models."
+    modes = {f"pooling_mode_{name}": pooling == key for key, name in names.items()}
     files = {
-        "modules.json": [{"idx": i, "name": str(i)} | module for i, module in enumerate(modules)],
-        "1_Pooling/config.json": {"word_embedding_dimension": dimensions} | {f"pooling_mode_{n}": pooling == key for key, n in names.items()},
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": kind + "Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": kind + "Pooling"},
+        ],
+        "1_Pooling/config.json": {"word_embedding_dimension": dimensions} | modes,
         "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
     }
     (folder / "1_Pooling").mkdir(exist_ok=True)
@@ -200,13 +225,16 @@ def load_encoder(name, pooling="auto", dtype=torch.float32):
         model = AutoModel.from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        fail(f"cannot load {name}, neither a model directory nor a model within reach on the Hub: {str(error).splitlines()[0]}")
+        reason = str(error).splitlines()[0]
+        fail(f"cannot load {name}, neither a directory with a model nor a model on the Hub within reach: {reason}")
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    limit = read_model_json(name, "sentence_bert_config.json").get("max_seq_length")
-    tokenizer.model_max_length = min(limit or tokenizer.model_max_length, tokenizer.model_max_length)
+    limits = [tokenizer.model_max_length, read_model_json(name, "sentence_bert_config.json").get("max_seq_length")]
+    if positions := getattr(model.config, "max_position_embeddings", None):  # RoBERTa's first two are no positions
+        limits.append(positions - 2 * ("roberta" in model.config.model_type))
+    tokenizer.model_max_length = min(limit for limit in limits if limit)
     reason = "as asked"
     if pooling == "auto":
         causal = any(getattr(module, "is_causal", False) for module in model.modules())
@@ -218,9 +246,9 @@ def load_encoder(name, pooling="auto", dtype=torch.float32):
 
 
 def tokenize(tokenizer, sentences, max_length):
-    """Token ids of n sentences, cut to max_length and to what the model takes: a list of n int32 arrays. Prints how many were cut."""
+    """Token ids of n sentences, cut to max_length and to what the model takes: n int32 arrays. Prints how many were cut."""
     limit, ids, cut = min(max_length, tokenizer.model_max_length), [], 0
-    for i in range(0, len(sentences), 10_000):  # in slices: the tokenizer's own output is many times larger than the ids
+    for i in range(0, len(sentences), 10_000):  # in slices: the tokenizer's own output is far larger than the ids
         rows = tokenizer(sentences[i : i + 10_000], truncation=True, max_length=limit, return_attention_mask=False)
         ids += [np.array(row, dtype=np.int32) for row in rows["input_ids"]]
         cut += sum(bool(encoding.overflowing) for encoding in rows.encodings or [])
@@ -306,7 +334,9 @@ def load_teacher(args, texts, rows, kept):
     model, tokenizer, pooling = load_encoder(args.teacher, args.pooling, DTYPES[args.dtype])
     model.to(pick_device(args.device))
     name = Path(args.teacher).name
-    return lambda i: encode(model, tokenizer, [texts[j] for j in i], pooling, args.max_length, args.batch_size, name), pooling
+    return lambda i: encode(
+        model, tokenizer, [texts[j] for j in i], pooling, args.max_length, args.batch_size, name
+    ), pooling
 
 
 def make_cache(args, texts, sources, pooling, embeddings):
@@ -331,7 +361,11 @@ def holds(old, new):
     if old.keys() != new.keys() or any(old[key] != new[key] for key in old if key != "embeddings"):
         return False
     a, b = old["embeddings"][: len(new["embeddings"])], new["embeddings"]
-    return a.dtype == b.dtype and a.shape == b.shape and bool((torch.cosine_similarity(a.float(), b.float()) > 0.999).all())
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and bool((torch.cosine_similarity(a.float(), b.float()) > 0.999).all())
+    )
 
 
 def save(path, content):
@@ -345,12 +379,24 @@ def save(path, content):
         fail(f"cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}")
 
 
+def move_files(draft, folder):
+    """Move a draft folder's files to where they belong, each of them whole, and remove the draft."""
+    for path in sorted(path for path in draft.rglob("*") if path.is_file()):
+        (folder / path.relative_to(draft)).parent.mkdir(exist_ok=True)
+        os.replace(path, folder / path.relative_to(draft))
+    shutil.rmtree(draft)
+
+
 def load(path):
     """torch.load of tensors and plain values, without running any code of the file's; ends the program if it can't be read."""
     try:
         return torch.load(path, weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        why = "it holds more than tensors and plain values" if isinstance(error, pickle.UnpicklingError) else "torn, or not a .pt file"
+        why = (
+            "it holds more than tensors and plain values"
+            if isinstance(error, pickle.UnpicklingError)
+            else "torn, or not a .pt file"
+        )
         fail(f"cannot read {path}: {error.strerror if isinstance(error, OSError) and error.strerror else why}")
 
 
@@ -365,7 +411,11 @@ def load_cache(path):
     if cache["version"] != VERSION:
         fail(f"{path} has format {cache['version']}, this code reads {VERSION}; {remedy}")
     sentences, sources, embeddings = cache["sentences"], cache["sources"], cache["embeddings"]
-    if not isinstance(embeddings, torch.Tensor) or embeddings.ndim != 2 or embeddings.dtype not in (torch.float32, torch.float16):
+    if (
+        not isinstance(embeddings, torch.Tensor)
+        or embeddings.ndim != 2
+        or embeddings.dtype not in (torch.float32, torch.float16)
+    ):
         fail(f"{path}: embeddings must be a float32 or float16 array (sentences, dimensions); {remedy}")
     if not len(sentences) == len(sources) == len(embeddings) > 0:
         fail(f"{path} has {len(sentences)} sentences, {len(sources)} sources, {len(embeddings)} embeddings; {remedy}")
@@ -396,14 +446,22 @@ def positive(text):
 def parse_args(argv):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--teacher", default="lsa", help="Hub id or directory; lsa; or an array of embeddings, .npy or .pt")
-    parser.add_argument("--corpus", default="demo", help="demo; paper (Appendix D, from the Hub); or a .txt, .jsonl, .csv or .tsv")
+    parser.add_argument(
+        "--teacher", default="lsa", help="Hub id or directory; lsa; or an array of embeddings, .npy or .pt"
+    )
+    parser.add_argument(
+        "--corpus", default="demo", help="demo; paper (Appendix D, from the Hub); or a .txt, .jsonl, .csv or .tsv"
+    )
     parser.add_argument("--output", default="teacher.pt", help="the cache to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a cache with other content")
-    parser.add_argument("--pooling", default="auto", choices=["auto", "cls", "mean", "last"], help="auto: as the model's files say")
+    parser.add_argument(
+        "--pooling", default="auto", choices=["auto", "cls", "mean", "last"], help="auto: as the model's files say"
+    )
     parser.add_argument("--batch_size", type=positive, default=32, help="sentences a forward pass")
     parser.add_argument("--max_length", type=positive, default=256, help="tokens; longer sentences are truncated")
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the teacher's weights; float16 is stored so, too")
+    parser.add_argument(
+        "--dtype", default="float32", choices=list(DTYPES), help="of the teacher's weights; float16 is stored so, too"
+    )
     parser.add_argument("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
     parser.add_argument("--seed", type=int, default=42, help="of the paper corpus's sample")
     parser.error = fail
@@ -419,17 +477,23 @@ def main(argv=None):
     texts, sources = [sentences[i].strip() for i in kept], [sources[i] for i in kept]
     embed, pooling = load_teacher(args, texts, len(sentences), kept)
     if Path(args.output).exists() and not args.overwrite:
-        probe = range(len(texts) if pooling == "none" else min(16, len(texts)))  # 16 sentences tell one model from another
+        probe = range(
+            len(texts) if pooling == "none" else min(16, len(texts))
+        )  # 16 sentences tell one model from another
         old, new = load_cache(args.output), make_cache(args, texts, sources, pooling, embed(probe))
         if not holds(old, new):
-            fail(f"{args.output} holds something else ({len(old['sentences'])} sentences, {old['teacher']}); --overwrite replaces it")
+            fail(
+                f"{args.output} holds something else ({len(old['sentences'])} sentences, {old['teacher']}); --overwrite replaces it"
+            )
         return print(f"{args.output} holds this already; kept as it is")
     start = time.perf_counter()
     embeddings = embed(range(len(texts)))
     rate = len(texts) / (time.perf_counter() - start)
     cache = make_cache(args, texts, sources, pooling, embeddings)
     save(args.output, cache)
-    print(f"{args.output}: {len(cache['sentences'])} embeddings of {embeddings.shape[1]} dimensions, {args.teacher}, {rate:.0f} sentences/s")
+    print(
+        f"{args.output}: {len(cache['sentences'])} embeddings of {embeddings.shape[1]} dimensions, {args.teacher}, {rate:.0f} sentences/s"
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,18 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, f1_score
 
-from cache_teacher import DEMO, encode, fail, fit_lsa, load_encoder, pick_device, positive, quiet, read_corpus, read_table
+from cache_teacher import (
+    DEMO,
+    encode,
+    fail,
+    fit_lsa,
+    load_encoder,
+    pick_device,
+    positive,
+    quiet,
+    read_corpus,
+    read_table,
+)
 from demo.tiny import tiny_student
 
 # Metric of each kind of task, which is read off its columns.
@@ -82,7 +93,10 @@ def load_hub_split(task, split):
         fail(f"cannot load {task} ({source.dataset}, {split}) from the Hub; --data DIR works offline: {reason}")
     if missing := set(source.columns) - set(data.column_names):
         fail(f"{source.dataset} has no column {', '.join(sorted(missing))}; it has {', '.join(data.column_names)}")
-    rows = [{ours: row[theirs] for theirs, ours in source.columns.items()} for row in data.select_columns(list(source.columns))]
+    rows = [
+        {ours: row[theirs] for theirs, ours in source.columns.items()}
+        for row in data.select_columns(list(source.columns))
+    ]
     for row in rows if source.labels else []:
         if row["label"] not in source.labels:
             fail(f"{source.dataset} has the label {row['label']!r}; known: {', '.join(source.labels)}")
@@ -109,12 +123,19 @@ def load_tasks(data, names):
         fail(f"no task {', '.join(unknown)} in {data}; there are: {', '.join(there) or 'none'}")
     tasks = {}
     for name in names or there:
-        rows = (lambda split: load_hub_split(name, split)) if data == "hub" else (lambda split: read_table(folder / name / f"{split}.jsonl"))
+        rows = (
+            (lambda split: load_hub_split(name, split))
+            if data == "hub"
+            else (lambda split: read_table(folder / name / f"{split}.jsonl"))
+        )
         tasks[name] = check_task(name, rows)
     if not tasks:
         fail(f"{data} holds no task: a folder each, with test.jsonl and, for classification, train.jsonl")
     order = list(HUB)
-    key = lambda name: (order.index(name) if name in order else len(order), list(KINDS.values()).index(tasks[name]["kind"]))
+    key = lambda name: (
+        order.index(name) if name in order else len(order),
+        list(KINDS.values()).index(tasks[name]["kind"]),
+    )
     return {name: tasks[name] for name in sorted(tasks, key=key)}, in_domain
 
 
@@ -125,11 +146,21 @@ def check_rows(name, split, rows):
     there = list(rows[0]) if isinstance(rows[0], dict) else []
     columns = next((columns for columns in KINDS if set(columns) <= set(there)), None)
     if columns is None:
-        fail(f"{name}: {split} needs the columns {' or '.join(','.join(c) for c in KINDS)}; it has {','.join(there) or 'none'}")
+        fail(
+            f"{name}: {split} needs the columns {' or '.join(','.join(c) for c in KINDS)}; it has {','.join(there) or 'none'}"
+        )
     number = (int, float)
-    types = {"text": str, "sentence1": str, "sentence2": str, "score": number, "label": number if columns[0] == "sentence1" else (str, int, float)}
+    types = {
+        "text": str,
+        "sentence1": str,
+        "sentence2": str,
+        "score": number,
+        "label": number if columns[0] == "sentence1" else (str, int, float),
+    }
     for i, row in enumerate(rows, 1):
-        if bad := [c for c in columns if not isinstance(row, dict) or not isinstance(row.get(c), types[c]) or row[c] != row[c]]:
+        if bad := [
+            c for c in columns if not isinstance(row, dict) or not isinstance(row.get(c), types[c]) or row[c] != row[c]
+        ]:
             fail(f"{name}: row {i} of {split} has no usable {bad[0]}")
     return columns
 
@@ -213,7 +244,9 @@ def load_model(name, args):
     else:
         model, tokenizer, pooling = load_encoder(name, args.pooling)
     model.to(pick_device(args.device))
-    return lambda texts, label: encode(model, tokenizer, texts, pooling, args.max_length, args.batch_size, label).numpy()
+    return lambda texts, label: encode(
+        model, tokenizer, texts, pooling, args.max_length, args.batch_size, label
+    ).numpy()
 
 
 def evaluate(name, tasks, in_domain, args):
@@ -223,7 +256,13 @@ def evaluate(name, tasks, in_domain, args):
 
     scores = {}
     for task_name, task in tasks.items():
-        texts = [row[c] for split in ("train", "test") for row in task.get(split, []) for c in ("text", "sentence1", "sentence2") if c in row]
+        texts = [
+            row[c]
+            for split in ("train", "test")
+            for row in task.get(split, [])
+            for c in ("text", "sentence1", "sentence2")
+            if c in row
+        ]
         if new := [text for text in dict.fromkeys(texts) if text not in known]:
             vectors = embed(new, f"{name} {task_name}")
             if not np.isfinite(vectors).all():
@@ -245,19 +284,37 @@ def markdown(results, tasks, in_domain):
     for name, scores in results.items():
         rows.append([name, *("–" if value is None else f"{value:.2f}" for value in scores.values())])
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) + " |" for row in rows]
-    legend = "; ".join(f"{kind}: {', '.join(n for n in tasks if tasks[n]['kind'] == kind)}" for kind in KINDS.values() if any(t["kind"] == kind for t in tasks.values()))
+    lines = [
+        "| "
+        + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        + " |"
+        for row in rows
+    ]
+    legend = "; ".join(
+        f"{kind}: {', '.join(n for n in tasks if tasks[n]['kind'] == kind)}"
+        for kind in KINDS.values()
+        if any(t["kind"] == kind for t in tasks.values())
+    )
     return "\n".join([*lines, "", f"{legend}; * in-domain"])
 
 
 def parse_args(argv):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("models", nargs="*", default=["student"], help="directories, Hub ids, lsa (the demo's teacher), tiny (its student, untrained)")
-    parser.add_argument("--data", default="demo", help="demo; hub: the paper's nine; or a directory with a folder a task")
+    parser.add_argument(
+        "models",
+        nargs="*",
+        default=["student"],
+        help="directories, Hub ids, lsa (the demo's teacher), tiny (its student, untrained)",
+    )
+    parser.add_argument(
+        "--data", default="demo", help="demo; hub: the paper's nine; or a directory with a folder a task"
+    )
     parser.add_argument("--tasks", type=lambda text: text.split(","), help="some of the tasks, separated by commas")
     parser.add_argument("--json", help="write the scores to this file, too")
-    parser.add_argument("--pooling", default="auto", choices=["auto", "cls", "mean", "last"], help="auto: as each model's files say")
+    parser.add_argument(
+        "--pooling", default="auto", choices=["auto", "cls", "mean", "last"], help="auto: as each model's files say"
+    )
     parser.add_argument("--batch_size", type=positive, default=32, help="sentences a forward pass")
     parser.add_argument("--max_length", type=positive, default=256, help="tokens; longer sentences are truncated")
     parser.add_argument("--device", default="auto", help="auto: the accelerator if there is one, else cpu")

@@ -3,15 +3,13 @@
     python cache_teacher.py && python talas.py               # the demo: offline, on a laptop's CPU
     python talas.py --teacher teacher.pt --student nreimers/MiniLMv2-L6-H384-distilled-from-BERT-Base
 
-Read it beside the paper: settings (Table 5, Appendix E), pooling (Section 3), the losses (Eqs. 3-7), ASAM (Eq. 2),
-the student, its data, Algorithm 1, and what is saved. Throughout, N is the batch size, T the number of tokens,
-L the number of Transformer layers of the student, d_S and d_T the dimensions of student and teacher.
+Read it beside the paper: settings (Table 5, Appendix E), losses (Eqs. 3-7, 10-12), ASAM (Eq. 2), Algorithm 1, sharpness
+(Table 4), saving. Throughout, N is the batch size, T the number of tokens, L the number of the student's Transformer
+layers, d_S and d_T the dimensions of student and teacher.
 """
 
 import json
 import math
-import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -20,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -28,17 +27,15 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from cache_teacher import declare_pooling, fail, load, load_cache, load_encoder, load_sentences
-from cache_teacher import pad, pick_device, pool, quiet, save, tokenize
+from cache_teacher import memory_mb, move_files, pad, pick_device, pool, quiet, save, tokenize
 from demo import tiny
 
 # ------------------------------------------------------------------------------------------------------- settings
-
-
 @dataclass
 class Settings:
     """Every setting, with the paper's value as its default. The README says why where the paper says nothing."""
 
-    teacher: str = HfArg(default="teacher.pt", help="the teacher's embeddings, from cache_teacher.py; with lambda2 0 a corpus will do")
+    teacher: str = HfArg(default="teacher.pt", help="cache_teacher.py's embeddings; without TAMD, a corpus will do")
     student: str = HfArg(default="tiny", help="Hub id or directory of an encoder; tiny: a small BERT from scratch")
     output: str = HfArg(default="student", help="directory for the distilled student")
     overwrite: bool = HfArg(default=False, help="replace an earlier run's output")
@@ -73,8 +70,6 @@ METRICS = ["simcse", "tamd", "lasd", "loss", "sharpness_gap"]  # the gap is L(w�
 KEPT = "The checkpoint of the last whole epoch is good: --resume"
 
 # ------------------------------------------------------------------------------------------------ losses (Section 3)
-
-
 def tamd_loss(layers, projections, teacher, reduction="mean"):
     """Teacher-anchored multi-layer distillation, Eq. 3: the mean over K layers of 1 - cos(e_l W_l, e^T), in [0, 2].
 
@@ -122,9 +117,7 @@ def total_loss(student, projections, tokens, teacher, s, reduction="mean"):
         tokens = {name: torch.cat([t, t]) for name, t in tokens.items()}  # (2N, T)
     hidden = student(**tokens, output_hidden_states=True).hidden_states[1:]  # L of (N or 2N, T, d_S); [0] is no layer
     view = [pool(h[:N], tokens["attention_mask"][:N], s.pooling) for h in hidden]  # L of (N, d_S): the first view
-    zero = view[-1].new_zeros(())
-
-    simcse = tamd = lasd = zero
+    simcse = tamd = lasd = view[-1].new_zeros(())
     if s.lambda1:
         second_view = pool(hidden[-1][N:], tokens["attention_mask"][N:], s.pooling)  # (N, d_S)
         simcse = simcse_loss(view[-1], second_view, s.temperature, reduction)
@@ -137,10 +130,10 @@ def total_loss(student, projections, tokens, teacher, s, reduction="mean"):
 
 
 def disam_objective(losses, domains, weight):
-    """What DISAM climbs on, Eqs. 10-12: the sum of α_i L_i minus `weight` (λ) times Var{L_i}, over the M domains of a batch.
+    """What DISAM climbs on, Eqs. 10-12: Σ α_i L_i minus `weight` (λ) times Var{L_i}, over the M domains of a batch.
 
-    losses: (N,), each sentence's; domains: (N,), integers. L_i is the mean loss of domain i, α_i its share of the batch:
-    the first sum is the batch's loss. A batch of one domain has no variance, so that SAM is left.
+    losses: (N,), each sentence's; domains: (N,), integers. L_i is the mean loss of domain i, α_i its share of the batch.
+    A batch of one domain has no variance, so that SAM is left.
     """
     _, index, counts = domains.unique(return_inverse=True, return_counts=True)
     index, counts = index.to(losses.device), counts.to(losses.device)
@@ -150,8 +143,6 @@ def disam_objective(losses, domains, weight):
 
 
 # --------------------------------------------------------------------------------------------------- ASAM (Eq. 2)
-
-
 class ASAM:
     """Adaptive sharpness-aware minimization, Eq. 2, around an ordinary optimizer (Kwon et al., 2021).
 
@@ -187,22 +178,16 @@ class ASAM:
         self.optimizer.zero_grad()
 
     @torch.no_grad()
-    def restore(self):
-        """Put w back exactly, from the copy."""
+    def descent_step(self):
+        """Put w back exactly, from its copy, then step the optimizer with the gradients found at w̃ and clear them."""
         if self.moved:
             torch._foreach_copy_(self.moved, self.w)
         self.moved, self.w = [], []
-
-    def descent_step(self):
-        """Put w back, then step the optimizer with the gradients found at w̃ and clear them."""
-        self.restore()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
 # ----------------------------------------------------------------------------------------------------- Algorithm 1
-
-
 def training_step(student, projections, optimizer, tokens, teacher, domains, s):
     """One step of Algorithm 1 on a batch: w moves. Returns the three terms, L(w), and L(w̃) - L(w), (5,), without gradient."""
     objective = lambda **how: total_loss(student, projections, tokens, teacher, s, **how)
@@ -212,7 +197,8 @@ def training_step(student, projections, optimizer, tokens, teacher, domains, s):
         with torch.random.fork_rng():  # the second pass draws the same dropout masks: one function, at two points
             losses, terms = objective(reduction="none" if s.optimizer == "disam" else "mean")
         loss = losses.mean()
-        (disam_objective(losses.expand(len(domains)), domains, s.disam_lambda) if s.optimizer == "disam" else loss).backward()
+        climbed = disam_objective(losses.expand(len(domains)), domains, s.disam_lambda) if s.optimizer == "disam" else loss
+        climbed.backward()
         optimizer.ascent_step()
         perturbed_loss, _ = objective()
     perturbed_loss.backward()  # 2. Descent step: the gradient at w̃ moves w
@@ -234,8 +220,7 @@ def set_up(s, student, targets, steps):
 def train(s, cache, student, tokenizer, resumed=None):
     """Algorithm 1. Trains the student in place, from a checkpoint if one is given. Returns (projections, cost, a dict)."""
     sentences, targets = tokenize(tokenizer, cache["sentences"], s.max_length), cache["embeddings"]
-    names = sorted(set(cache["sources"]))
-    domains = torch.tensor([names.index(source) for source in cache["sources"]])
+    domains = torch.from_numpy(np.unique(cache["sources"], return_inverse=True)[1])
 
     def fetch(batch):
         """The tokens (N, T), the cached targets E^T (N, d_T) and the domains (N,) of a mini-batch of positions (N,)."""
@@ -247,7 +232,7 @@ def train(s, cache, student, tokenizer, resumed=None):
     projections, optimizer, scheduler = set_up(s, student, targets, s.epochs * steps_per_epoch)
     state = Checkpoint(s, cache["fingerprint"], student, projections, optimizer.optimizer, scheduler)
     first_epoch, position = state.load(resumed) if resumed else state.save(0, 0)
-    meter = Meter(f"{s.output}/metrics.jsonl", position, first_epoch * steps_per_epoch, s.epochs * steps_per_epoch, student.device)
+    meter = Meter(s, steps_per_epoch, first_epoch, position, student.device)
     for epoch in range(first_epoch, s.epochs):
         student.train()
         order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(s.seed + epoch))
@@ -256,7 +241,8 @@ def train(s, cache, student, tokenizer, resumed=None):
             scheduler.step()
             meter.step(values, epoch + 1, scheduler.get_last_lr()[0])
         fixed = torch.arange(len(sentences)).split(s.batch_size)[:SHARPNESS_BATCHES]
-        meter.epoch(epoch + 1, measure_sharpness(student, projections, map(fetch, fixed), s) if s.sharpness else None)
+        lambda_max = measure_sharpness(student, projections, map(fetch, fixed), s) if s.sharpness else None
+        meter.write(end_of_epoch=epoch + 1, step=meter.count, lambda_max=lambda_max)
         state.save(epoch + 1, meter.file.tell())
     return projections, meter.cost()
 
@@ -290,19 +276,19 @@ class Checkpoint:
 class Meter:
     """The progress bar, the lines of metrics.jsonl, and at the end what the run cost (Table 3)."""
 
-    def __init__(self, path, position, step, steps, device):
-        self.file = open(path, "a", buffering=1, encoding="utf-8")
+    def __init__(self, s, steps_per_epoch, first_epoch, position, device):
+        self.file = open(f"{s.output}/metrics.jsonl", "a", buffering=1, encoding="utf-8")
         self.file.truncate(position)  # what an interrupted epoch wrote is written again
-        self.device, self.count, self.window, self.means = device, step, [], []
+        self.device, self.steps_per_epoch, self.count, self.window = device, steps_per_epoch, first_epoch * steps_per_epoch, []
         self.milliseconds, self.megabytes, self.start = [], [], time.perf_counter()
-        self.bar = tqdm(initial=step, total=steps, unit="step", disable=None, dynamic_ncols=True)
+        self.bar = tqdm(initial=self.count, total=s.epochs * steps_per_epoch, unit="step", disable=None, dynamic_ncols=True)
 
     def step(self, values, epoch, lr):
         """Take the values of one step, which stay on the device until a line is due: the host does not wait for them."""
         self.window.append(values)
         self.count += 1
         self.bar.update()
-        if self.count % LOG_EVERY and self.count != self.bar.total:
+        if self.count % LOG_EVERY and self.count % self.steps_per_epoch:
             return
         rows = torch.stack(self.window).cpu()  # (steps, 5)
         if len(bad := (~rows.isfinite()).nonzero()):
@@ -310,40 +296,23 @@ class Meter:
             self.bar.close()
             fail(f"step {self.count - len(rows) + 1 + step}: {METRICS[which]} is not finite; try a lower --lr or --rho. {KEPT}")
         means = dict(zip(METRICS, rows.mean(0).tolist()))
-        now = time.perf_counter()
-        self.milliseconds.append(1000 * (now - self.start) / len(self.window))
+        self.milliseconds.append(1000 * (time.perf_counter() - self.start) / len(rows))
         self.megabytes.append(memory_mb(self.device))
-        line = {"step": self.count, "epoch": epoch, **means, "lr": lr, "ms_per_step": self.milliseconds[-1], "memory_mb": self.megabytes[-1]}
-        self.file.write(json.dumps(line) + "\n")
+        self.write(step=self.count, epoch=epoch, **means, lr=lr, ms_per_step=self.milliseconds[-1], memory_mb=self.megabytes[-1])
         self.bar.set_postfix({name: f"{means[name]:.4f}" for name in METRICS[:4]})
-        self.means.append(means)
-        self.window, self.start = [], now
+        self.window = []
 
-    def epoch(self, epoch, lambda_max):
-        """Write the epoch's line: the means of its steps and, if it was measured, λ_max."""
-        means = {name: statistics.fmean(line[name] for line in self.means) for name in METRICS} if self.means else {}
-        self.file.write(json.dumps({"end_of_epoch": epoch, "step": self.count, **means, "lambda_max": lambda_max}) + "\n")
-        self.means, self.start = [], time.perf_counter()
+    def write(self, **line):
+        """Write a line of metrics.jsonl; the clock of the next steps starts after it."""
+        self.file.write(json.dumps(line) + "\n")
+        self.start = time.perf_counter()
 
     def cost(self):
         """Table 3: the median time of a step, without the first tenth, and the memory sampled along the run."""
         self.bar.close()
-        times, sizes = self.milliseconds[len(self.milliseconds) // 10 :], self.megabytes
+        times, sizes = self.milliseconds[len(self.milliseconds) // 10 :] or [0.0], self.megabytes or [0.0]
         memory = {"mean_mb": statistics.fmean(sizes), "peak_mb": max(sizes), "std_mb": statistics.pstdev(sizes)}
-        return {"ms_per_step": statistics.median(times), **memory}
-
-
-def memory_mb(device):
-    """Megabytes in use: the accelerator's peak since the last call, or the process's resident memory on a CPU."""
-    if device.type != "cpu":
-        peak = torch.accelerator.max_memory_allocated() / 2**20
-        torch.accelerator.reset_peak_memory_stats()
-        return peak
-    statm = Path("/proc/self/statm")  # of Linux; elsewhere nothing is measured
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20 if statm.exists() else 0.0
-
-
-# --------------------------------------------------------------------------------------------- sharpness (Table 4)
+        return {"ms_per_step": statistics.median(times)} | memory
 
 
 def largest_hessian_eigenvalue(loss_fn, parameters, iterations=20, seed=0):
@@ -365,7 +334,7 @@ def largest_hessian_eigenvalue(loss_fn, parameters, iterations=20, seed=0):
             Hv = [h - shift * x for h, x in zip(product(v), v)]
             eigenvalue = sum((x * h).sum() for x, h in zip(v, Hv)).item() + shift  # vᵀ H v
             v = Hv
-        if eigenvalue >= 0 or shift:
+        if eigenvalue >= 0:
             break
         shift = eigenvalue
     return eigenvalue
@@ -373,10 +342,8 @@ def largest_hessian_eigenvalue(loss_fn, parameters, iterations=20, seed=0):
 
 def measure_sharpness(student, projections, batches, s):
     """λ_max of the full training objective (Eq. 7) over fixed batches, without dropout."""
-    batches = list(batches)
-    attention = student.config._attn_implementation
-    student.eval()
-    student.set_attn_implementation("eager")  # the fused kernels have no second derivative
+    batches, attention = list(batches), student.config._attn_implementation
+    student.eval().set_attn_implementation("eager")  # the fused kernels have no second derivative
     loss = lambda: sum(total_loss(student, projections, tokens, teacher, s)[0] for tokens, teacher, _ in batches) / len(batches)
     lambda_max = largest_hessian_eigenvalue(loss, [p for p in [*student.parameters(), *projections] if p.requires_grad])
     student.set_attn_implementation(attention)
@@ -384,8 +351,6 @@ def measure_sharpness(student, projections, batches, s):
 
 
 # ---------------------------------------------------------------------------------- settings that fit, saving, main
-
-
 def check(s, student, tokenizer, sentences):
     """End the program if a setting has no meaning, or does not fit the student or the corpus."""
     positive = ("temperature", "lr", "projection_lr_scale", "epochs", "batch_size", "max_length", "anchored_layers")
@@ -396,11 +361,12 @@ def check(s, student, tokenizer, sentences):
     wrong = {
         f"--warmup_ratio {s.warmup_ratio}: it is a part of the steps, at most 1": s.warmup_ratio > 1,
         "--lambda1, --lambda2 and --lambda3 are all 0: there is nothing to learn": not (s.lambda1 or s.lambda2 or s.lambda3),
-        "--batch_size 1: Eqs. 5 and 6 compare the sentences of a batch; take 2 or more, or --lambda1 0 --lambda3 0": s.batch_size == 1 and (s.lambda1 or s.lambda3),
+        "--batch_size 1: Eqs. 5 and 6 compare the sentences of a batch; take more": s.batch_size == 1 and s.lambda1 + s.lambda3 > 0,
         f"--batch_size {s.batch_size}: the corpus has only {len(sentences)} sentences": len(sentences) < s.batch_size,
         f"--anchored_layers {s.anchored_layers}: {s.student} has {L} layers": s.lambda2 and s.anchored_layers > L,
-        f"--lasd_layers {s.lasd_layers}: Eq. 5 needs 2 to L layers, {s.student} has L = {L}; or set --lambda3 0": s.lambda3 and (L < 2 or s.lasd_layers == 1 or s.lasd_layers > L),
-        f"{s.student}: its tokenizer has {len(tokenizer)} tokens, its embeddings {embeddings}; they belong to two models": len(tokenizer) > embeddings,
+        f"--lasd_layers {s.lasd_layers}: Eq. 5 chains 2 to L layers, {s.student} has {L}; --lambda3 0 leaves it out":
+            s.lambda3 and (L < 2 or s.lasd_layers == 1 or s.lasd_layers > L),
+        f"{s.student}: its tokenizer has {len(tokenizer)} tokens, its embeddings only {embeddings}": len(tokenizer) > embeddings,
     }  # fmt: skip
     for message in (message for message, is_wrong in wrong.items() if is_wrong):
         fail(message)
@@ -408,25 +374,26 @@ def check(s, student, tokenizer, sentences):
 
 def find_checkpoint(s):
     """The checkpoint to resume from, or None for a new run. Ends the program if the output is not to be touched."""
-    out = Path(s.output)
-    checkpoint, finished = out / "checkpoint.pt", (out / "talas.json").exists()
-    if s.resume and checkpoint.exists():
-        state = load(checkpoint)
-        old, new = state["settings"], asdict(s)
-        if changed := [name for name in new if name not in ("resume", "overwrite", "output", "pooling") and new[name] != old.get(name)]:
-            fail(f"--resume with another --{changed[0]}: it was {old.get(changed[0])}, now {new[changed[0]]}")
-        return state
+    out, checkpoint = Path(s.output), Path(s.output) / "checkpoint.pt"
     if s.resume:
-        fail(f"{s.output} is a finished run" if finished else f"{s.output} holds no checkpoint to resume from; run without --resume")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (s.overwrite and out.is_dir()):
-        fail(f"{s.output} holds an interrupted run; --resume it, or --overwrite it" if checkpoint.exists() else f"{s.output} exists; choose another --output, or --overwrite it")
-    return None
+        if not checkpoint.exists():
+            done = (out / "talas.json").exists()
+            fail(f"{out} is a finished run: nothing to resume" if done else f"{out} has no checkpoint: run without --resume")
+        state, new = load(checkpoint), asdict(s)
+        moot = ("resume", "overwrite", "output", *(["pooling"] if s.pooling == "auto" else []))
+        old = state["settings"] | {name: new[name] for name in moot}
+        for name in (name for name in new if new[name] != old.get(name)):
+            fail(f"--resume with another --{name}: it was {old.get(name)}, now it is {new[name]}")
+        return state
+    if checkpoint.exists() and not s.overwrite:
+        fail(f"{out} holds an interrupted run; --resume it, or --overwrite it")
+    if out.exists() and not (out.is_dir() and (s.overwrite or not any(out.iterdir()))):
+        fail(f"{out} exists; choose another --output, or --overwrite it")
 
 
 def save_student(s, cache, student, tokenizer, projections, cost):
     """Write the student as transformers and sentence-transformers load it; each file is whole when it gets its place."""
-    out = Path(s.output)
-    draft = out / ".saving"
+    out, draft = Path(s.output), Path(s.output) / ".saving"
     tokenizer.model_max_length = min(s.max_length, tokenizer.model_max_length)
     student.save_pretrained(draft)
     tokenizer.save_pretrained(draft)
@@ -436,11 +403,7 @@ def save_student(s, cache, student, tokenizer, projections, cost):
     commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     record = {"settings": asdict(s), "teacher": cache["teacher"], "corpus": cache["fingerprint"], "cost": cost}
     (draft / "talas.json").write_text(json.dumps(record | {"versions": versions, "commit": commit or None}, indent=2) + "\n")
-    for path in sorted(draft.rglob("*")):
-        if path.is_file():
-            (out / path.relative_to(draft)).parent.mkdir(exist_ok=True)
-            os.replace(path, out / path.relative_to(draft))
-    shutil.rmtree(draft)
+    move_files(draft, out)
     (out / "checkpoint.pt").unlink()
 
 
@@ -448,12 +411,10 @@ def parse_settings(argv):
     """Settings from the command line; the tiny student brings its own defaults, which are printed."""
     parser = HfArgumentParser(Settings, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
-    s = Settings(**vars(parser.parse_args(argv)))
-    if s.student == "tiny":
+    if parser.parse_args(argv).student == "tiny":
         print("student tiny, from scratch, unless set otherwise:", ", ".join(f"--{k} {v}" for k, v in tiny.SETTINGS.items()))
         parser.set_defaults(**tiny.SETTINGS)
-        s = Settings(**vars(parser.parse_args(argv)))
-    return s
+    return Settings(**vars(parser.parse_args(argv)))
 
 
 def main(argv=None):

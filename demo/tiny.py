@@ -6,7 +6,13 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 # What a student from scratch needs instead of the paper's settings, which move a pretrained student a little.
 SETTINGS = {"lr": 5e-3, "epochs": 1}
-SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 128, "attention_probs_dropout_prob": 0.0}
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+    "attention_probs_dropout_prob": 0.0,
+}
 VOCABULARY = 4000
 
 

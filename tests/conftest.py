@@ -25,7 +25,9 @@ def sentences():
 def corpus(tmp_path):
     """A .jsonl corpus of the 48 sentences, from two domains."""
     path = tmp_path / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"text": text, "source": "ab"[i % 2]}) + "\n" for i, text in enumerate(SENTENCES)))
+    path.write_text(
+        "".join(json.dumps({"text": text, "source": "ab"[i % 2]}) + "\n" for i, text in enumerate(SENTENCES))
+    )
     return path
 
 

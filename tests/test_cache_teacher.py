@@ -34,7 +34,14 @@ def test_appendix_d_blank_sentences_and_repeats_go_and_are_counted(tmp_path, cap
 @pytest.mark.parametrize("suffix, delimiter", [("csv", ","), ("tsv", "\t")])
 def test_tables_with_text_and_source(tmp_path, suffix, delimiter):
     path = tmp_path / f"corpus.{suffix}"
-    path.write_text(delimiter.join(["source", "text"]) + "\n" + delimiter.join(["x", '"a, ""quoted"" dog\nbarks"']) + "\n" + delimiter.join(["y", "cats"]) + "\n")
+    path.write_text(
+        delimiter.join(["source", "text"])
+        + "\n"
+        + delimiter.join(["x", '"a, ""quoted"" dog\nbarks"'])
+        + "\n"
+        + delimiter.join(["y", "cats"])
+        + "\n"
+    )
     assert cache_teacher.read_corpus(str(path), 0) == (['a, "quoted" dog\nbarks', "cats"], ["x", "y"])
 
 
@@ -49,8 +56,21 @@ def test_a_corpus_without_sources_is_one_domain(tmp_path):
 def test_algorithm1_line_3_caches_what_the_model_gives(tmp_path, corpus, bert):
     run("--teacher", bert, "--corpus", corpus, "--output", tmp_path / "t.pt", "--batch_size", 5, "--pooling", "mean")
     cache = read(tmp_path / "t.pt")
-    assert set(cache) == {"sentences", "sources", "embeddings", "teacher", "pooling", "max_length", "fingerprint", "version"}
-    assert cache["sources"] == ["a", "b"] * 24 and cache["pooling"] == "mean" and cache["embeddings"].dtype == torch.float32
+    assert set(cache) == {
+        "sentences",
+        "sources",
+        "embeddings",
+        "teacher",
+        "pooling",
+        "max_length",
+        "fingerprint",
+        "version",
+    }
+    assert (
+        cache["sources"] == ["a", "b"] * 24
+        and cache["pooling"] == "mean"
+        and cache["embeddings"].dtype == torch.float32
+    )
     model, tokenizer = AutoModel.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
     for i in (0, 17, 47):  # one sentence at a time: no padding at all
         with torch.no_grad():
@@ -62,7 +82,13 @@ def test_a_decoder_is_pooled_at_its_last_token_padded_on_either_side(tmp_path, b
     folder = tmp_path / "decoder"
     tokenizer = AutoTokenizer.from_pretrained(bert)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 64}
+    sizes = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "intermediate_size": 64,
+    }
     Qwen3Model(Qwen3Config(vocab_size=len(tokenizer), num_hidden_layers=2, **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model, tokenizer, pooling = load_encoder(str(folder))
@@ -94,7 +120,10 @@ def test_a_model_of_half_precision_is_loaded_in_float32(tmp_path, bert):
     ],
 )
 def test_pooling_is_read_from_sentence_transformers_files(bert, config, pooling, capsys):
-    modules = [{"type": "sentence_transformers.models.Transformer", "path": ""}, {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+    modules = [
+        {"type": "sentence_transformers.models.Transformer", "path": ""},
+        {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"},
+    ]
     (bert / "1_Pooling").mkdir()
     (bert / "1_Pooling" / "config.json").write_text(json.dumps(config))
     (bert / "modules.json").write_text(json.dumps(modules))
@@ -102,7 +131,9 @@ def test_pooling_is_read_from_sentence_transformers_files(bert, config, pooling,
     assert pooling in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("config, word", [({"pooling_mode_max_tokens": True}, "max"), ({"pooling_mode": "weightedmean"}, "weightedmean")])
+@pytest.mark.parametrize(
+    "config, word", [({"pooling_mode_max_tokens": True}, "max"), ({"pooling_mode": "weightedmean"}, "weightedmean")]
+)
 def test_pooling_that_is_not_implemented_is_refused(bert, config, word, ends_with_one_line):
     modules = [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1_Pooling"}]
     (bert / "1_Pooling").mkdir()
@@ -112,7 +143,9 @@ def test_pooling_that_is_not_implemented_is_refused(bert, config, word, ends_wit
 
 
 def test_a_model_with_a_dense_module_is_refused(bert, ends_with_one_line):
-    (bert / "modules.json").write_text(json.dumps([{"type": "x.Transformer", "path": ""}, {"type": "x.Dense", "path": "2_Dense"}]))
+    (bert / "modules.json").write_text(
+        json.dumps([{"type": "x.Transformer", "path": ""}, {"type": "x.Dense", "path": "2_Dense"}])
+    )
     ends_with_one_line(lambda: load_encoder(str(bert)), "Dense", ".npy")
 
 
@@ -130,20 +163,28 @@ def test_embeddings_from_elsewhere_follow_the_corpus_order(tmp_path, suffix):
 
 def test_embeddings_from_elsewhere_must_be_one_a_sentence(tmp_path, corpus, ends_with_one_line):
     np.save(tmp_path / "e.npy", np.ones((47, 2)))
-    ends_with_one_line(lambda: run("--teacher", tmp_path / "e.npy", "--corpus", corpus, "--output", tmp_path / "t.pt"), "47", "48")
+    ends_with_one_line(
+        lambda: run("--teacher", tmp_path / "e.npy", "--corpus", corpus, "--output", tmp_path / "t.pt"), "47", "48"
+    )
     assert not (tmp_path / "t.pt").exists()
 
 
 def test_lsa_puts_words_of_the_same_company_together():
     lsa = cache_teacher.fit_lsa(cache_teacher.read_corpus("demo", 0)[0])
     cosine = lambda a, b: float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-    for word, synonym, other in [("doctor", "physician", "skipper"), ("bread", "baguette", "anchor"), ("boat", "vessel", "cake")]:
+    for word, synonym, other in [
+        ("doctor", "physician", "skipper"),
+        ("bread", "baguette", "anchor"),
+        ("boat", "vessel", "cake"),
+    ]:
         word, synonym, other = lsa.transform([word, synonym, other])
         assert cosine(word, synonym) > cosine(word, other) + 0.3
 
 
 def test_a_sentence_without_a_known_word_has_no_target(tmp_path, capsys):
-    (tmp_path / "c.txt").write_text("the dog barks\nthe cat sleeps\nthe bird sings loud\nthe horse runs\nthe cow eats\nthe pig grunts\n?!\n")
+    (tmp_path / "c.txt").write_text(
+        "the dog barks\nthe cat sleeps\nthe bird sings loud\nthe horse runs\nthe cow eats\nthe pig grunts\n?!\n"
+    )
     run("--corpus", tmp_path / "c.txt", "--output", tmp_path / "t.pt")
     assert len(read(tmp_path / "t.pt")["sentences"]) == 6 and "1 sentences removed" in capsys.readouterr().out
 
@@ -157,7 +198,9 @@ def test_half_precision_is_stored_so(tmp_path, corpus):
 
 
 @pytest.mark.parametrize("teacher", ["lsa", "bert"])
-def test_the_same_content_is_kept_and_other_content_needs_overwrite(tmp_path, corpus, bert, teacher, ends_with_one_line, capsys):
+def test_the_same_content_is_kept_and_other_content_needs_overwrite(
+    tmp_path, corpus, bert, teacher, ends_with_one_line, capsys
+):
     flags = ["--teacher", bert if teacher == "bert" else "lsa", "--output", tmp_path / "t.pt"]
     run(*flags, "--corpus", corpus)
     before = (tmp_path / "t.pt").stat().st_mtime_ns
@@ -189,3 +232,126 @@ def test_the_cache_is_written_whole_or_not_at_all(tmp_path, corpus, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run("--corpus", corpus, "--output", tmp_path / "t.pt", "--overwrite")
     assert (tmp_path / "t.pt").read_bytes() == good
+
+
+# ------------------------------------------------------------------------------------------------- mistakes
+
+NAMES = "\n".join(SENTENCES)
+MISTAKES = {  # name of the corpus: (bytes, words of the answer)
+    "empty.txt": (b"", ["no sentence"]),
+    "blank.txt": (b"\n \n\t\n", ["no sentence"]),
+    "binary.txt": (bytes(range(256)), ["binary.txt", "UTF-8"]),
+    "latin.csv": ("text\ncafé au lait\n".encode("latin-1"), ["latin.csv", "UTF-8"]),
+    "torn.jsonl": (b'{"text": "a"}\n{"text": "b', ["torn.jsonl", "line 2"]),
+    "list.jsonl": (b'["text"]\n', ["text column", "list"]),
+    "misspelt.csv": (b"txt,source\na dog,x\n", ["text column", "txt, source"]),
+    "number.jsonl": (b'{"text": 3, "source": "x"}\n', ["text column", "text, source"]),
+    "quote.csv": (b'text\n"a dog\n', ["quote.csv"]),
+    "corpus.docx": (b"PK", [".txt, .jsonl, .csv and .tsv"]),
+    "same.txt": (b"dog\ndog\n", ["two different sentences"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_corpus_that_cannot_be_used_is_one_line(tmp_path, name, ends_with_one_line):
+    content, words = MISTAKES[name]
+    (tmp_path / name).write_bytes(content)
+    ends_with_one_line(lambda: run("--corpus", tmp_path / name, "--output", tmp_path / "t.pt"), *words)
+    assert [path.name for path in tmp_path.iterdir()] == [name]  # nothing half-written is left
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--corpus", "nowhere.txt"], ["nowhere.txt", "does not exist"]),
+        (["--corpus", "."], ["cannot read"]),
+        (["--teacher", "no/such/model"], ["no/such/model"]),
+        (["--teacher", "nowhere.npy"], ["nowhere.npy"]),
+        (["--teacher", "nowhere.pt"], ["nowhere.pt"]),
+        (["--batch_size", "0"], ["--batch_size"]),
+        (["--max_length", "-1"], ["--max_length"]),
+        (["--dtype", "int8"], ["--dtype", "float16"]),
+        (["--device", "quantum"], ["--device quantum"]),
+        (["--outptu", "x"], ["--outptu"]),
+        (["--output", "no/such/folder/t.pt"], ["no/such/folder"]),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(flags, words, corpus, bert, tmp_path, ends_with_one_line):
+    if "--device" in flags:
+        flags = [*flags, "--teacher", bert]
+    ends_with_one_line(lambda: run("--corpus", corpus, "--output", tmp_path / "t.pt", *flags), *words)
+    assert not list(tmp_path.glob("t.pt*"))
+
+
+def test_a_model_directory_without_weights_is_one_line(bert, corpus, tmp_path, ends_with_one_line):
+    (bert / "model.safetensors").unlink()
+    ends_with_one_line(lambda: run("--teacher", bert, "--corpus", corpus, "--output", tmp_path / "t.pt"), "bert")
+
+
+def test_embeddings_that_are_not_finite_are_refused(tmp_path, corpus, ends_with_one_line):
+    array = np.ones((48, 2))
+    array[7, 1] = np.nan
+    np.save(tmp_path / "e.npy", array)
+    command = ["--teacher", tmp_path / "e.npy", "--corpus", corpus, "--output", tmp_path / "t.pt"]
+    ends_with_one_line(lambda: run(*command), "finite")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, corpus, monkeypatch, ends_with_one_line):
+    def full(cache, path):
+        open(path, "w").write("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    ends_with_one_line(lambda: run("--corpus", corpus, "--output", tmp_path / "t.pt"), "No space left")
+    assert not list(tmp_path.glob("t.pt*"))
+
+
+def test_long_sentences_are_cut_and_counted(tmp_path, bert, capsys):
+    (tmp_path / "c.txt").write_text("The cook.\n" + "The cook sees the door. " * 40 + "\nThe nurse paints.\n")
+    run("--teacher", bert, "--corpus", tmp_path / "c.txt", "--output", tmp_path / "t.pt", "--max_length", 300)
+    assert "1 of 3 sentences are longer than 64 tokens" in capsys.readouterr().out  # the model takes no more
+
+
+def test_lines_end_at_newlines_only(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"text": "one\u2028line\x85 only"}\n', encoding="utf-8")
+    assert cache_teacher.read_corpus(str(tmp_path / "c.jsonl"), 0)[0] == ["one\u2028line\x85 only"]
+
+
+TORN = {
+    "torn": (lambda cache, path: path.write_bytes(path.read_bytes()[:900]), ["torn"]),
+    "text": (lambda cache, path: path.write_text("hello"), ["cannot read"]),
+    "tensor": (lambda cache, path: torch.save(torch.ones(3), path), ["no teacher cache"]),
+    "missing": (lambda cache, path: path.unlink(), ["no teacher cache at", "cache_teacher.py"]),
+    "older": (lambda cache, path: torch.save(cache | {"version": 0}, path), ["format 0"]),
+    "shape": (
+        lambda cache, path: torch.save(cache | {"embeddings": torch.ones(48)}, path),
+        ["(sentences, dimensions)"],
+    ),
+    "type": (lambda cache, path: torch.save(cache | {"embeddings": torch.ones(48, 2).long()}, path), ["float32"]),
+    "length": (lambda cache, path: torch.save(cache | {"embeddings": torch.ones(47, 2)}, path), ["47", "48"]),
+    "zero": (lambda cache, path: torch.save(cache | {"embeddings": torch.zeros(48, 2)}, path), ["zero or not finite"]),
+    "nan": (
+        lambda cache, path: torch.save(cache | {"embeddings": torch.full((48, 2), torch.nan)}, path),
+        ["not finite"],
+    ),
+    "swapped": (lambda cache, path: torch.save(cache | {"sentences": cache["sentences"][::-1]}, path), ["fingerprint"]),
+}
+
+
+@pytest.mark.parametrize("name", TORN)
+def test_a_cache_that_cannot_be_used_gets_its_own_line(tmp_path, corpus, name, ends_with_one_line):
+    path = tmp_path / "t.pt"
+    run("--corpus", corpus, "--output", path)
+    spoil, words = TORN[name]
+    spoil(torch.load(path, weights_only=True), path)
+    ends_with_one_line(lambda: load_cache(path), "t.pt", *words)
+
+
+class Hostile:
+    def __reduce__(self):
+        return (open, ("/tmp/talas-test-was-here", "w"))
+
+
+def test_a_hostile_cache_runs_no_code(tmp_path, ends_with_one_line):
+    torch.save({"sentences": Hostile()}, tmp_path / "t.pt")
+    ends_with_one_line(lambda: load_cache(tmp_path / "t.pt"), "more than tensors")

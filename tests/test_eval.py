@@ -57,7 +57,10 @@ def test_macro_f1_by_hand():
 
 
 def test_cosine_of_a_zero_vector_is_0():
-    assert evaluation.cosine(np.array([[0.0, 0.0], [3.0, 4.0]]), np.array([[1.0, 2.0], [6.0, 8.0]])).tolist() == [0.0, 1.0]
+    assert evaluation.cosine(np.array([[0.0, 0.0], [3.0, 4.0]]), np.array([[1.0, 2.0], [6.0, 8.0]])).tolist() == [
+        0.0,
+        1.0,
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- the whole script
@@ -69,7 +72,19 @@ def test_scores_equal_an_independent_path(data, bert, tmp_path, capsys):
     from sklearn.metrics import average_precision_score, f1_score
     from transformers import AutoModel, AutoTokenizer
 
-    evaluation.main([str(bert), "--data", str(data), "--json", str(tmp_path / "scores.json"), "--pooling", "mean", "--batch_size", "7"])
+    evaluation.main(
+        [
+            str(bert),
+            "--data",
+            str(data),
+            "--json",
+            str(tmp_path / "scores.json"),
+            "--pooling",
+            "mean",
+            "--batch_size",
+            "7",
+        ]
+    )
     scores = json.loads((tmp_path / "scores.json").read_text())[str(bert)]
 
     model, tokenizer = AutoModel.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
@@ -81,26 +96,47 @@ def test_scores_equal_an_independent_path(data, bert, tmp_path, capsys):
     rows = [json.loads(line) for line in (data / "stsb" / "test.jsonl").read_text().splitlines()]
     a, b = np.stack([embed(r["sentence1"]) for r in rows]), np.stack([embed(r["sentence2"]) for r in rows])
     cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-    assert scores["stsb"] == pytest.approx(100 * pearsonr(rankdata(cosines), rankdata([r["score"] for r in rows])).statistic, abs=0.05)
+    assert scores["stsb"] == pytest.approx(
+        100 * pearsonr(rankdata(cosines), rankdata([r["score"] for r in rows])).statistic, abs=0.05
+    )
     assert scores["mrpc"] == pytest.approx(100 * average_precision_score([i % 2 for i in range(40)], cosines), abs=0.05)
-    train, test = [[json.loads(line) for line in (data / "emotion" / f"{split}.jsonl").read_text().splitlines()] for split in ("train", "test")]
-    fitted = LogisticRegression(max_iter=5000).fit(np.stack([embed(r["text"]) for r in train]), [r["label"] for r in train])
+    train, test = [
+        [json.loads(line) for line in (data / "emotion" / f"{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "test")
+    ]
+    fitted = LogisticRegression(max_iter=5000).fit(
+        np.stack([embed(r["text"]) for r in train]), [r["label"] for r in train]
+    )
     predicted = fitted.predict(np.stack([embed(r["text"]) for r in test]))
-    assert scores["emotion"] == pytest.approx(100 * f1_score([r["label"] for r in test], predicted, average="macro"), abs=0.05)
+    assert scores["emotion"] == pytest.approx(
+        100 * f1_score([r["label"] for r in test], predicted, average="macro"), abs=0.05
+    )
 
     assert scores["avg_in"] == pytest.approx((scores["emotion"] + scores["stsb"]) / 2)
     assert scores["avg_out"] == pytest.approx(scores["mrpc"])
     assert scores["avg"] == pytest.approx((scores["emotion"] + scores["stsb"] + scores["mrpc"]) / 3)
     table = capsys.readouterr().out.splitlines()
     header = next(line for line in table if line.startswith("| model"))
-    assert [cell.strip() for cell in header.strip("|").split("|")] == ["model", "emotion*", "mrpc", "stsb*", "Avg-In*", "Avg-Out", "Avg"]
+    assert [cell.strip() for cell in header.strip("|").split("|")] == [
+        "model",
+        "emotion*",
+        "mrpc",
+        "stsb*",
+        "Avg-In*",
+        "Avg-Out",
+        "Avg",
+    ]
     assert f"{scores['avg']:.2f}" in next(line for line in table if line.startswith(f"| {bert}"))
 
 
 def test_each_distinct_sentence_is_embedded_once(data, bert, monkeypatch):
     seen = []
     original = evaluation.encode
-    monkeypatch.setattr(evaluation, "encode", lambda model, tokenizer, texts, *rest: seen.extend(texts) or original(model, tokenizer, texts, *rest))
+    monkeypatch.setattr(
+        evaluation,
+        "encode",
+        lambda model, tokenizer, texts, *rest: seen.extend(texts) or original(model, tokenizer, texts, *rest),
+    )
     evaluation.main([str(bert), "--data", str(data)])
     assert len(seen) == len(set(seen)) and set(seen) == set(SENTENCES)
 
@@ -125,7 +161,11 @@ def hub_repository(folder, task):
     from datasets import Dataset
 
     source = evaluation.HUB[task]
-    values = {"text": lambda i: SENTENCES[i], "label": lambda i: list(source.labels or [0, 1])[i % 2], "score": lambda i: i / 2}
+    values = {
+        "text": lambda i: SENTENCES[i],
+        "label": lambda i: list(source.labels or [0, 1])[i % 2],
+        "score": lambda i: i / 2,
+    }
     values |= {"sentence1": lambda i: SENTENCES[i], "sentence2": lambda i: SENTENCES[i + 9]}
     column = lambda name: values.get(source.columns.get(name), lambda i: "x")
     rows = [{name: column(name)(i) for name in [*source.columns, "another_column"]} for i in range(12)]
@@ -136,20 +176,35 @@ def hub_repository(folder, task):
     if source.config:
         files = "".join(f"\n  - split: {s}\n    path: {source.config}/{s}-*" for s in ("train", "validation", "test"))
         other = "\n- config_name: another\n  data_files: nowhere.parquet"
-        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {source.config}\n  data_files:{files}{other}\n---\n")
+        (folder / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: {source.config}\n  data_files:{files}{other}\n---\n"
+        )
     return folder
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """The nine benchmarks as local directories with the layout of their repositories."""
-    table = {task: source._replace(dataset=str(hub_repository(tmp_path / task, task))) for task, source in evaluation.HUB.items()}
+    table = {
+        task: source._replace(dataset=str(hub_repository(tmp_path / task, task)))
+        for task, source in evaluation.HUB.items()
+    }
     monkeypatch.setattr(evaluation, "HUB", table)
 
 
 def test_section_4_1_the_nine_benchmarks_load_from_their_layouts(hub):
     tasks, in_domain = evaluation.load_tasks("hub", None)
-    assert list(tasks) == ["banking77", "tweet", "emotion", "mrpc", "scitail", "wic", "sick", "sts12", "stsb"]  # Table 1's order
+    assert list(tasks) == [
+        "banking77",
+        "tweet",
+        "emotion",
+        "mrpc",
+        "scitail",
+        "wic",
+        "sick",
+        "sts12",
+        "stsb",
+    ]  # Table 1's order
     assert [task["kind"] for task in tasks.values()] == ["F1"] * 3 + ["AP"] * 3 + ["Spearman"] * 3
     assert in_domain == ["emotion", "wic", "stsb"]
     assert [row["label"] for row in tasks["scitail"]["test"][:2]] == [1, 0]  # entails, neutral
@@ -159,7 +214,9 @@ def test_section_4_1_the_nine_benchmarks_load_from_their_layouts(hub):
 def test_a_hub_dataset_that_lost_a_column(hub, monkeypatch, ends_with_one_line):
     broken = evaluation.HUB["mrpc"]._replace(columns={"first": "sentence1", "sentence2": "sentence2", "label": "label"})
     monkeypatch.setitem(evaluation.HUB, "mrpc", broken)
-    ends_with_one_line(lambda: evaluation.load_tasks("hub", ["mrpc"]), "first", "another_column, label, sentence1, sentence2"[:14])
+    ends_with_one_line(
+        lambda: evaluation.load_tasks("hub", ["mrpc"]), "first", "another_column, label, sentence1, sentence2"[:14]
+    )
 
 
 def test_appendix_d_the_paper_corpus(hub):
@@ -197,8 +254,18 @@ MISTAKES = [  # (task, test rows, train rows, words of the answer)
     ("stsb", ["text", "text"], None, ["columns"]),
     ("emotion", [{"text": "a", "label": 0}, {"text": "b", "label": 1}], None, ["train.jsonl", "does not exist"]),
     ("emotion", [{"text": "a", "label": 0}, {"text": "b", "label": 1}], [], ["train", "empty"]),
-    ("emotion", [{"text": "a", "label": 0}, {"text": "b", "label": 1}], [{"text": "a", "label": 0}] * 2, ["train", "same label"]),
-    ("emotion", [{"text": "a", "label": 0}, {"text": "b", "label": 7}], [{"text": "a", "label": i} for i in (0, 1)], ["train lacks", "7"]),
+    (
+        "emotion",
+        [{"text": "a", "label": 0}, {"text": "b", "label": 1}],
+        [{"text": "a", "label": 0}] * 2,
+        ["train", "same label"],
+    ),
+    (
+        "emotion",
+        [{"text": "a", "label": 0}, {"text": "b", "label": 7}],
+        [{"text": "a", "label": i} for i in (0, 1)],
+        ["train lacks", "7"],
+    ),
     ("emotion", [{"text": None, "label": 0}, {"text": "b", "label": 7}], None, ["row 1", "text"]),
 ]
 
@@ -263,7 +330,12 @@ def words(text):
 
 
 def texts(name):
-    return [row[column] for row in demo(f"{name}/test.jsonl") for column in ("text", "sentence1", "sentence2") if column in row]
+    return [
+        row[column]
+        for row in demo(f"{name}/test.jsonl")
+        for column in ("text", "sentence1", "sentence2")
+        if column in row
+    ]
 
 
 def test_the_demo_is_what_its_generator_writes(tmp_path):

@@ -2,13 +2,15 @@
 
 import json
 import math
+import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SENTENCES
 from transformers import AutoModel, AutoTokenizer
 
 import cache_teacher
@@ -63,7 +65,11 @@ def test_pooling_rejects_an_unknown_name():
 
 
 def test_eq3_tamd_by_loops():
-    layers, projections, teacher = [rows(5, 4, seed=1), rows(5, 4, seed=2)], [rows(4, 3, seed=3), rows(4, 3, seed=4)], rows(5, 3, seed=5)
+    layers, projections, teacher = (
+        [rows(5, 4, seed=1), rows(5, 4, seed=2)],
+        [rows(4, 3, seed=3), rows(4, 3, seed=4)],
+        rows(5, 3, seed=5),
+    )
     total = 0.0
     for e, W in zip(layers, projections):
         for i in range(5):
@@ -77,7 +83,9 @@ def test_eq3_tamd_by_hand():
     teacher = torch.tensor([[3.0, 0.0], [0.0, -1.0]])  # same direction: 0; opposite: 2
     assert talas.tamd_loss([e], [W], teacher).item() == pytest.approx(1.0)
     assert talas.tamd_loss([e, e], [W, -W], teacher).item() == pytest.approx(1.0)
-    assert talas.tamd_loss([e], [W], torch.tensor([[5.0, 5.0], [0.0, 1.0]])).item() == pytest.approx((1 - 1 / math.sqrt(2)) / 2)
+    assert talas.tamd_loss([e], [W], torch.tensor([[5.0, 5.0], [0.0, 1.0]])).item() == pytest.approx(
+        (1 - 1 / math.sqrt(2)) / 2
+    )
 
 
 def test_eq3_tamd_needs_a_projection_a_layer():
@@ -136,8 +144,15 @@ def test_eq6_simcse_by_hand():
 def batch(bert):
     """A small student in evaluation mode (no dropout), 4 tokenised sentences, projections and targets."""
     student, tokenizer = AutoModel.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
-    tokens = tokenizer(["The cook.", "A nurse paints the door.", "boat", "The rose in the harbour."], padding=True, return_tensors="pt")
-    return student, [torch.randn(32, 6) for _ in range(2)], {k: tokens[k] for k in ("input_ids", "attention_mask")}, torch.randn(4, 6)
+    tokens = tokenizer(
+        ["The cook.", "A nurse paints the door.", "boat", "The rose in the harbour."], padding=True, return_tensors="pt"
+    )
+    return (
+        student,
+        [torch.randn(32, 6) for _ in range(2)],
+        {k: tokens[k] for k in ("input_ids", "attention_mask")},
+        torch.randn(4, 6),
+    )
 
 
 def test_eq7_total_loss_is_the_weighted_sum_over_transformer_layers(batch):
@@ -149,7 +164,9 @@ def test_eq7_total_loss_is_the_weighted_sum_over_transformer_layers(batch):
     assert len(layers) == 4  # the embedding layer and three Transformer layers
     torch.testing.assert_close(tamd, talas.tamd_loss(layers[2:], projections, teacher))
     torch.testing.assert_close(lasd, talas.lasd_loss(layers[1:]))
-    torch.testing.assert_close(simcse, talas.simcse_loss(layers[3], layers[3], 0.07))  # without dropout both views agree
+    torch.testing.assert_close(
+        simcse, talas.simcse_loss(layers[3], layers[3], 0.07)
+    )  # without dropout both views agree
     torch.testing.assert_close(loss, 0.3 * simcse + 0.5 * tamd + 0.7 * lasd)
 
 
@@ -157,7 +174,9 @@ def test_eq7_total_loss_is_the_weighted_sum_over_transformer_layers(batch):
 def test_eq7_a_weight_of_zero_skips_the_term(batch, weights):
     student, projections, tokens, teacher = batch
     seen = []
-    student.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True)
+    student.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
     s = Settings(lambda1=weights[0], lambda2=weights[1], lambda3=weights[2], pooling="cls")
     _, terms = talas.total_loss(student, projections, tokens, teacher, s)
     assert [bool(term != 0) for term in terms] == [bool(w) for w in weights]
@@ -256,7 +275,12 @@ def test_eq2_asam_without_a_gradient_stays():
 
 
 def test_algorithm1_with_rho_0_is_adamw_bit_for_bit(tmp_path, bert, sentences):
-    cache = {"sentences": sentences, "sources": ["a"] * 48, "fingerprint": "", "embeddings": torch.randn(48, 8, generator=torch.Generator().manual_seed(0))}
+    cache = {
+        "sentences": sentences,
+        "sources": ["a"] * 48,
+        "fingerprint": "",
+        "embeddings": torch.randn(48, 8, generator=torch.Generator().manual_seed(0)),
+    }
     final = []
     for optimizer in ("adamw", "asam"):
         student, tokenizer = AutoModel.from_pretrained(bert), AutoTokenizer.from_pretrained(bert)
@@ -264,7 +288,10 @@ def test_algorithm1_with_rho_0_is_adamw_bit_for_bit(tmp_path, bert, sentences):
         s = Settings(optimizer=optimizer, rho=0.0, lr=1e-2, epochs=2, batch_size=8, pooling="cls", output=str(tmp_path))
         talas.train(s, cache, student, tokenizer)
         final.append(student.state_dict())
-    assert not torch.equal(final[0]["encoder.layer.0.output.dense.weight"], AutoModel.from_pretrained(bert).encoder.layer[0].output.dense.weight)
+    assert not torch.equal(
+        final[0]["encoder.layer.0.output.dense.weight"],
+        AutoModel.from_pretrained(bert).encoder.layer[0].output.dense.weight,
+    )
     assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
 
 
@@ -309,17 +336,28 @@ def test_eq10_each_sentence_has_its_own_loss(batch):
     torch.testing.assert_close(terms, same)
     hidden = student(**tokens, output_hidden_states=True).hidden_states
     layers = [pool(h, tokens["attention_mask"], "mean") for h in hidden[1:]]
-    one = torch.stack([1 - torch.cosine_similarity(layers[l][1] @ projections[l - 1], teacher[1], dim=0) for l in (1, 2)]).mean()
+    one = torch.stack(
+        [1 - torch.cosine_similarity(layers[l][1] @ projections[l - 1], teacher[1], dim=0) for l in (1, 2)]
+    ).mean()
     cosines = torch.cosine_similarity(layers[2][1][None], layers[2]) / 0.07
     expected = 0.3 * (cosines.logsumexp(0) - cosines[1]) + 0.75 * one + talas.lasd_loss(layers)
     torch.testing.assert_close(losses[1], expected)
 
 
-@pytest.mark.parametrize("optimizer, domains", [("sam", [0, 1, 0, 1]), ("disam", [0, 0, 0, 0]), ("disam", [0, 1, 0, 1])])
+@pytest.mark.parametrize(
+    "optimizer, domains", [("sam", [0, 1, 0, 1]), ("disam", [0, 0, 0, 0]), ("disam", [0, 1, 0, 1])]
+)
 def test_appendix_b_one_step_of_sam_and_disam(bert, optimizer, domains):
     """The same step written out with plain SGD: ε̂ = ρ ∇ / ‖∇‖ of what is climbed, then the gradient of L at w + ε̂."""
-    tokens = {"input_ids": torch.tensor([[2, 40, 41, 3], [2, 42, 43, 3], [2, 44, 45, 3], [2, 46, 47, 3]]), "attention_mask": torch.ones(4, 4).long()}
-    teacher, projections, domains = torch.randn(4, 6), [torch.randn(32, 6).requires_grad_() for _ in range(2)], torch.tensor(domains)
+    tokens = {
+        "input_ids": torch.tensor([[2, 40, 41, 3], [2, 42, 43, 3], [2, 44, 45, 3], [2, 46, 47, 3]]),
+        "attention_mask": torch.ones(4, 4).long(),
+    }
+    teacher, projections, domains = (
+        torch.randn(4, 6),
+        [torch.randn(32, 6).requires_grad_() for _ in range(2)],
+        torch.tensor(domains),
+    )
     s = Settings(optimizer=optimizer, lambda1=0.3, pooling="cls", disam_lambda=5.0)
     student = AutoModel.from_pretrained(bert).eval()
     objective = lambda **how: talas.total_loss(student, projections, tokens, teacher, s, **how)[0]
@@ -373,17 +411,21 @@ def test_table4_measured_on_a_student_against_the_exact_hessian_and_finite_diffe
     student.double().set_attn_implementation("eager")
     weight = student.encoder.layer[2].output.dense.bias
     parameters = [W.double() for W in projections]
+
     def loss_at(w):
         swapped = dict(student.named_parameters()) | {"encoder.layer.2.output.dense.bias": w}
         call = lambda **kw: torch.func.functional_call(student, swapped, kwargs=kw)
         return talas.total_loss(call, parameters, tokens, teacher.double(), s)[0]
+
     H = torch.autograd.functional.hessian(loss_at, weight.detach())
     exact = torch.linalg.eigvalsh(H).max().item()
     loss = lambda: talas.total_loss(student, parameters, tokens, teacher.double(), s)[0]
     assert talas.largest_hessian_eigenvalue(loss, [weight], iterations=300) == pytest.approx(exact, rel=1e-3)
     v, h = rows(32, seed=5), 1e-5
     slope = lambda w: torch.autograd.functional.jacobian(loss_at, w)
-    torch.testing.assert_close((slope(weight.detach() + h * v) - slope(weight.detach() - h * v)) / (2 * h), H @ v, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(
+        (slope(weight.detach() + h * v) - slope(weight.detach() - h * v)) / (2 * h), H @ v, atol=1e-6, rtol=1e-4
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the student
@@ -392,8 +434,10 @@ def test_table4_measured_on_a_student_against_the_exact_hessian_and_finite_diffe
 def test_tiny_student_is_the_same_in_every_process():
     code = "from tests.conftest import SENTENCES; from demo.tiny import tiny_student; m, t, _ = tiny_student(SENTENCES, 1);"
     code += "print(sorted(t.get_vocab().items()), m.encoder.layer[2].output.dense.weight.sum().item())"
-    runs = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout for _ in range(2)}
-    assert len(runs) == 1 and "harbour" in runs.pop()
+    there = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    model, tokenizer, _ = tiny.tiny_student(SENTENCES, 1)
+    weight = model.encoder.layer[2].output.dense.weight.sum().item()
+    assert there == f"{sorted(tokenizer.get_vocab().items())} {weight}\n" and "harbour" in there
 
 
 @pytest.fixture
@@ -416,7 +460,24 @@ def test_the_saved_student_loads_with_the_same_embeddings(tmp_path, bert, cache,
     from cache_teacher import declared_pooling, encode, load_encoder
 
     out = tmp_path / "student"
-    run("--teacher", cache, "--student", bert, "--output", out, "--pooling", pooling, "--epochs", 1, "--batch_size", 16, "--lr", 1e-3, "--max_length", 12)
+    run(
+        "--teacher",
+        cache,
+        "--student",
+        bert,
+        "--output",
+        out,
+        "--pooling",
+        pooling,
+        "--epochs",
+        1,
+        "--batch_size",
+        16,
+        "--lr",
+        1e-3,
+        "--max_length",
+        12,
+    )
     assert declared_pooling(str(out)) == pooling
     model, tokenizer = AutoModel.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
     tokens = tokenizer(sentences, padding=True, truncation=True, return_tensors="pt")
@@ -442,7 +503,9 @@ def test_the_saved_student_in_sentence_transformers(tmp_path, bert, cache, sente
     from cache_teacher import encode, load_encoder
 
     theirs = library.SentenceTransformer(str(out), device="cpu").encode(sentences, convert_to_tensor=True)
-    torch.testing.assert_close(encode(*load_encoder(str(out))[:2], sentences, "mean", 256, 32), theirs, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        encode(*load_encoder(str(out))[:2], sentences, "mean", 256, 32), theirs, atol=1e-5, rtol=1e-4
+    )
 
 
 def test_training_learns_the_teacher(tmp_path, bert, corpus):
@@ -466,10 +529,198 @@ def test_tiny_brings_its_own_defaults_and_the_command_line_wins(capsys):
     assert talas.parse_settings(["--student", "somewhere"]).lr == 2e-5
 
 
-def test_an_existing_output_is_kept(tmp_path, cache, ends_with_one_line):
-    (tmp_path / "student").mkdir()
-    (tmp_path / "student" / "mine.txt").write_text("mine")
-    ends_with_one_line(lambda: run("--teacher", cache, "--output", tmp_path / "student"), "exists", "--overwrite")
+# ------------------------------------------------------------------------------------------------- interruptions
+
+
+def in_a_process(action):
+    """Run in a process of its own, one thread (a fork has no others), and return how it ended: 0, or minus a signal."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            torch.set_num_threads(1)
+            action()
+            os._exit(0)
+        except SystemExit as stopped:
+            os._exit(stopped.code)
+        finally:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed_in_the_middle_of_an_epoch():
+    steps, step = [], talas.training_step
+    talas.training_step = lambda *args: steps.append(0) or (os.kill(os.getpid(), 9) if len(steps) == 5 else step(*args))
+
+
+def killed_in_the_middle_of_a_save():
+    saves, write = [], torch.save
+
+    def torn(content, path):
+        saves.append(path)
+        if len(saves) < 3:  # before the first epoch, after it, and in the middle of the one after the second
+            return write(content, path)
+        Path(path).write_bytes(b"half a checkpoint")
+        os.kill(os.getpid(), 9)
+
+    torch.save = torn
+
+
+def killed_in_the_middle_of_the_last_save():
+    talas.move_files = lambda draft, folder: (
+        os.replace(draft / "config.json", folder / "config.json"),
+        os.kill(os.getpid(), 9),
+    )
+
+
+def interrupted_by_ctrl_c():
+    steps, step = [], talas.training_step
+
+    def stop(*args):
+        steps.append(0)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    talas.training_step = stop
+
+
+@pytest.mark.parametrize(
+    "stop, code",
+    [
+        (killed_in_the_middle_of_an_epoch, -9),
+        (killed_in_the_middle_of_a_save, -9),
+        (killed_in_the_middle_of_the_last_save, -9),
+        (interrupted_by_ctrl_c, 2),
+    ],
+)
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, bert, cache, stop, code):
+    flags = ["--teacher", cache, "--student", bert, "--epochs", 3, "--batch_size", 16, "--lr", 1e-3]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert in_a_process(lambda: run(*flags, "--output", whole)) == 0
+    assert in_a_process(lambda: (stop(), run(*flags, "--output", resumed))) == code
+    assert (resumed / "checkpoint.pt").exists() and not (resumed / "talas.json").exists()
+    assert in_a_process(lambda: run(*flags, "--output", resumed)) == 2  # neither trained again nor thrown away
+    assert in_a_process(lambda: run(*flags, "--output", resumed, "--lr", 1e-4, "--resume")) == 2
+    assert in_a_process(lambda: run(*flags, "--output", resumed, "--resume")) == 0
+    assert sorted(p.relative_to(whole) for p in whole.rglob("*")) == sorted(
+        p.relative_to(resumed) for p in resumed.rglob("*")
+    )
+    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    for W, same in zip(
+        *(torch.load(out / "projections.pt", weights_only=True) for out in (whole, resumed)), strict=True
+    ):
+        assert torch.equal(W, same)
+    losses = [[json.loads(line).get("loss") for line in (out / "metrics.jsonl").open()] for out in (whole, resumed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path, bert, cache):
+    flags = ["--teacher", cache, "--student", bert, "--epochs", 1, "--batch_size", 16, "--lr", 1e-3]
+    weights = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(*flags, "--output", tmp_path / name, "--seed", seed)
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
+# ------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--teacher", "nowhere.pt"], ["nowhere.pt", "cache_teacher.py"]),
+        (["--student", "no/such/model"], ["no/such/model"]),
+        (["--anchored_layers", "4"], ["--anchored_layers 4", "3 layers"]),
+        (["--anchored_layers", "0"], ["--anchored_layers 0"]),
+        (["--lasd_layers", "1"], ["--lasd_layers 1"]),
+        (["--lasd_layers", "4"], ["--lasd_layers 4"]),
+        (["--lambda1", "0", "--lambda2", "0", "--lambda3", "0"], ["all 0"]),
+        (["--lambda2", "-1"], ["--lambda2 -1"]),
+        (["--lr", "nan"], ["--lr nan"]),
+        (["--lr", "0"], ["--lr 0"]),
+        (["--rho", "inf"], ["--rho inf"]),
+        (["--temperature", "0"], ["--temperature 0"]),
+        (["--epochs", "0"], ["--epochs 0"]),
+        (["--epochs", "1.5"], ["--epochs", "1.5"]),
+        (["--batch_size", "1"], ["--batch_size 1", "Eqs. 5 and 6"]),
+        (["--batch_size", "49"], ["--batch_size 49", "48"]),
+        (["--warmup_ratio", "2"], ["--warmup_ratio 2"]),
+        (["--optimizer", "sgd"], ["--optimizer", "asam"]),
+        (["--device", "quantum"], ["--device quantum"]),
+        (["--lambda", "1"], ["--lambda"]),
+        (["--resume"], ["no checkpoint"]),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(flags, words, cache, bert, tmp_path, ends_with_one_line):
+    out = tmp_path / "out"
+    ends_with_one_line(
+        lambda: run("--teacher", cache, "--student", bert, "--batch_size", 16, "--output", out, *flags), *words
+    )
+    assert not out.exists()
+
+
+def test_a_tokenizer_of_another_model_is_one_line(tmp_path, bert, cache, ends_with_one_line):
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    tokenizer.add_tokens([f"new{i}" for i in range(5)])
+    tokenizer.save_pretrained(bert)
+    ends_with_one_line(
+        lambda: run("--teacher", cache, "--student", bert, "--output", tmp_path / "out"), "tokenizer", "embeddings"
+    )
+
+
+@pytest.mark.parametrize("flags", [["--lr", 1e30], ["--rho", 1e30]])
+def test_divergence_stops_with_the_step_and_keeps_the_checkpoint(tmp_path, bert, cache, flags, ends_with_one_line):
+    out = tmp_path / "out"
+    command = ["--teacher", cache, "--student", bert, "--output", out, "--batch_size", 16, "--epochs", 4, *flags]
+    ends_with_one_line(lambda: run(*command), "not finite", "--lr", "--rho")
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert all(p.isfinite().all() for p in state["student"].values())
+
+
+def test_an_existing_output_is_kept(tmp_path, bert, cache, ends_with_one_line):
+    out = tmp_path / "student"
+    command = ["--teacher", cache, "--student", bert, "--output", out, "--epochs", 1, "--batch_size", 16]
+    run(*command)
+    (out / "mine.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    ends_with_one_line(lambda: run(*command), "exists", "--overwrite")
+    ends_with_one_line(lambda: run(*command, "--resume"), "finished run")
+    ends_with_one_line(lambda: run(*command, "--overwrite", "--anchored_layers", 9), "3 layers")
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    run(*command, "--overwrite", "--seed", 1)
+    assert (out / "mine.txt").read_text() == "mine"
+    assert (out / "model.safetensors").read_bytes() != before[out / "model.safetensors"]
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, bert, cache, ends_with_one_line):
+    (tmp_path / "file").write_text("in the way")
+    command = ["--teacher", cache, "--student", bert, "--batch_size", 16]
+    ends_with_one_line(lambda: run(*command, "--output", tmp_path / "file"), "exists")
+    ends_with_one_line(lambda: run(*command, "--output", tmp_path / "file" / "student"), "cannot write")
+
+
+# ------------------------------------------------------------------------------------------------- properties
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_eqs_3_to_6_do_not_see_lengths_or_the_order_of_the_batch(seed):
+    layers, teacher = [rows(6, 5, seed=10 * seed + i) for i in range(3)], rows(6, 4, seed=10 * seed + 3)
+    projections = [rows(5, 4, seed=10 * seed + 4 + i) for i in range(3)]
+    lengths, order = (
+        rows(6, 1, seed=10 * seed + 7).exp(),
+        torch.randperm(6, generator=torch.Generator().manual_seed(seed)),
+    )
+    for change in (lambda E: lengths * E, lambda E: E[order]):
+        changed = [change(E) for E in layers]
+        for loss in (
+            lambda E, T: talas.tamd_loss(E, projections, T),
+            lambda E, T: talas.lasd_loss(E),
+            lambda E, T: talas.simcse_loss(E[0], E[1], 0.07),
+        ):
+            torch.testing.assert_close(loss(changed, change(teacher)), loss(layers, teacher))
+    assert 0 <= talas.tamd_loss(layers, projections, teacher) <= 2
+    assert talas.lasd_loss([layers[0]] * 3) == 0
 
 
 # ------------------------------------------------------------------------------------------------- Tables 2, 3, 7, 8, 9
@@ -479,13 +730,45 @@ def test_an_existing_output_is_kept(tmp_path, cache, ends_with_one_line):
 @pytest.mark.parametrize("weights", [(0, 0.75, 0), (0.001, 0.75, 1)])
 def test_tables_2_and_9_every_combination_trains(tmp_path, bert, cache, optimizer, weights):
     flags = [flag for i, w in enumerate(weights) for flag in (f"--lambda{i + 1}", w)]
-    run("--teacher", cache, "--student", bert, "--output", tmp_path / "out", "--optimizer", optimizer, "--epochs", 1, "--batch_size", 16, "--sharpness", *flags)
-    *_, epoch = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert math.isfinite(epoch["lambda_max"]) and (epoch["sharpness_gap"] == 0) == (optimizer == "adamw")
+    run(
+        "--teacher",
+        cache,
+        "--student",
+        bert,
+        "--output",
+        tmp_path / "out",
+        "--optimizer",
+        optimizer,
+        "--epochs",
+        1,
+        "--batch_size",
+        16,
+        "--sharpness",
+        *flags,
+    )
+    *_, step, epoch = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert math.isfinite(epoch["lambda_max"]) and (step["sharpness_gap"] == 0) == (optimizer == "adamw")
 
 
 def test_table2_simcse_alone_needs_no_teacher(tmp_path, bert, corpus):
-    run("--teacher", corpus, "--student", bert, "--output", tmp_path / "out", "--lambda1", 1, "--lambda2", 0, "--lambda3", 0, "--optimizer", "adamw", "--batch_size", 16)
+    run(
+        "--teacher",
+        corpus,
+        "--student",
+        bert,
+        "--output",
+        tmp_path / "out",
+        "--lambda1",
+        1,
+        "--lambda2",
+        0,
+        "--lambda3",
+        0,
+        "--optimizer",
+        "adamw",
+        "--batch_size",
+        16,
+    )
     assert json.loads((tmp_path / "out" / "talas.json").read_text())["teacher"] is None
 
 
@@ -513,7 +796,9 @@ def test_the_demo_end_to_end_at_a_reduced_size(tmp_path):
         ["eval.py", "lsa", "tiny", "student", "--tasks", "topics,captions", "--json", "scores.json"],
     ]
     for script, *flags in scripts:
-        done = subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *flags], cwd=tmp_path, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["student"]["avg"] > scores["tiny"]["avg"] + 15
