@@ -60,7 +60,7 @@ sport
   kit: ball/football, trophy/medal/award, racket/paddle, shoe/sneaker/cleat, towel/jersey/vest
   at: stadium/arena, gym/gymnasium, track/racecourse
 """
-DETAILS = {  # many rare words: distractors that no scene explains
+RARE = {  # many rare words: distractors that no scene explains
     "near a": "lamp bench clock mirror ladder basket candle barrel bucket carpet curtain cupboard statue fountain radio kettle pillow blanket "
     "bottle fence bicycle wagon tractor lantern suitcase parcel newspaper painting puddle shadow stove drawer bell flag balloon puppet",
     "with some": "patience luck courage irony humour pride regret envy doubt hope delight caution sorrow relief kindness anger grace skill "
@@ -108,8 +108,7 @@ def parse_world():
 
 
 TOPICS = parse_world()
-for start, words in DETAILS.items():
-    DETAILS[start] = words.split("|" if "|" in words else " ")
+DETAILS = {start: words.split("|" if "|" in words else " ") for start, words in RARE.items()}
 
 
 def draw_scene(rng, new, topic=None):
@@ -212,15 +211,8 @@ def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def main(out=Path(__file__).parent, sentences=6000):
-    """Write corpus.jsonl, tasks.json and a folder a task under `out`."""
-    rng = random.Random(0)
-    corpus = {}  # sentence -> source; a dict keeps the order and drops repeats
-    while len(corpus) < sentences:
-        source = list(SOURCES)[len(corpus) % len(SOURCES)]
-        corpus.setdefault(say(rng, draw_scene(rng, new=False), SOURCES[source]), source)
-    write(out / "corpus.jsonl", [{"text": text, "source": source} for text, source in corpus.items()])
-
+def write_tasks(out, rng, corpus):
+    """Write the six tasks, none of whose sentences the corpus has."""
     tasks = {
         "topics": (classification, SOURCES["topics"], False), "paraphrases": (paraphrases, SOURCES["paraphrases"], False),
         "captions": (graded, SOURCES["captions"], False), "new-topics": (classification, NEW_FORMS, True),
@@ -228,7 +220,7 @@ def main(out=Path(__file__).parent, sentences=6000):
     }  # fmt: skip
     for name, (kind, forms, new) in tasks.items():
 
-        def say_new(scene):
+        def say_new(scene, forms=forms):
             """A sentence that the corpus does not have."""
             while (sentence := say(rng, scene, forms)) in corpus:
                 pass
@@ -237,6 +229,17 @@ def main(out=Path(__file__).parent, sentences=6000):
         if kind is classification:
             write(out / name / "train.jsonl", kind(rng, say_new, new, 64))
         write(out / name / "test.jsonl", kind(rng, say_new, new, 600))
+
+
+def main(out=Path(__file__).parent, sentences=6000):
+    """Write corpus.jsonl, tasks.json and a folder a task under `out`."""
+    rng = random.Random(0)
+    corpus = {}  # sentence -> source; a dict keeps the order and drops repeats
+    while len(corpus) < sentences:
+        source = list(SOURCES)[len(corpus) % len(SOURCES)]
+        corpus.setdefault(say(rng, draw_scene(rng, new=False), SOURCES[source]), source)
+    write(out / "corpus.jsonl", [{"text": text, "source": source} for text, source in corpus.items()])
+    write_tasks(out, rng, corpus)
     (out / "tasks.json").write_text(json.dumps({"in_domain": ["topics", "paraphrases", "captions"]}) + "\n")
 
 

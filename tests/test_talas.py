@@ -460,24 +460,8 @@ def test_the_saved_student_loads_with_the_same_embeddings(tmp_path, bert, cache,
     from cache_teacher import declared_pooling, encode, load_encoder
 
     out = tmp_path / "student"
-    run(
-        "--teacher",
-        cache,
-        "--student",
-        bert,
-        "--output",
-        out,
-        "--pooling",
-        pooling,
-        "--epochs",
-        1,
-        "--batch_size",
-        16,
-        "--lr",
-        1e-3,
-        "--max_length",
-        12,
-    )
+    command = ["--teacher", cache, "--student", bert, "--output", out, "--pooling", pooling, "--max_length", 12]
+    run(*command, "--epochs", 1, "--batch_size", 16, "--lr", 1e-3)
     assert declared_pooling(str(out)) == pooling
     model, tokenizer = AutoModel.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
     tokens = tokenizer(sentences, padding=True, truncation=True, return_tensors="pt")
@@ -727,48 +711,28 @@ def test_eqs_3_to_6_do_not_see_lengths_or_the_order_of_the_batch(seed):
 
 
 @pytest.mark.parametrize("optimizer", ["asam", "sam", "disam", "adamw"])
-@pytest.mark.parametrize("weights", [(0, 0.75, 0), (0.001, 0.75, 1)])
+@pytest.mark.parametrize("weights", [(0, 0.75, 0), (0, 0, 1), (0.001, 0.75, 1)])
 def test_tables_2_and_9_every_combination_trains(tmp_path, bert, cache, optimizer, weights):
     flags = [flag for i, w in enumerate(weights) for flag in (f"--lambda{i + 1}", w)]
-    run(
-        "--teacher",
-        cache,
-        "--student",
-        bert,
-        "--output",
-        tmp_path / "out",
-        "--optimizer",
-        optimizer,
-        "--epochs",
-        1,
-        "--batch_size",
-        16,
-        "--sharpness",
-        *flags,
-    )
-    *_, step, epoch = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert math.isfinite(epoch["lambda_max"]) and (step["sharpness_gap"] == 0) == (optimizer == "adamw")
+    command = ["--teacher", cache, "--student", bert, "--output", tmp_path / "out", "--epochs", 1, "--batch_size", 16]
+    run(*command, "--optimizer", optimizer, *flags)
+    step, epoch = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert (step["sharpness_gap"] == 0) == (optimizer == "adamw") and epoch["lambda_max"] is None
+
+
+def test_table4_an_epoch_with_sharpness_trains_as_without_and_records_it(tmp_path, bert, cache):
+    command = ["--teacher", cache, "--student", bert, "--epochs", 2, "--batch_size", 16, "--lr", 1e-3]
+    run(*command, "--output", tmp_path / "with", "--sharpness")
+    run(*command, "--output", tmp_path / "without")
+    lines = [json.loads(line) for line in (tmp_path / "with" / "metrics.jsonl").read_text().splitlines()]
+    assert [math.isfinite(line["lambda_max"]) for line in lines if "end_of_epoch" in line] == [True, True]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("with", "without")]
+    assert weights[0] == weights[1]
 
 
 def test_table2_simcse_alone_needs_no_teacher(tmp_path, bert, corpus):
-    run(
-        "--teacher",
-        corpus,
-        "--student",
-        bert,
-        "--output",
-        tmp_path / "out",
-        "--lambda1",
-        1,
-        "--lambda2",
-        0,
-        "--lambda3",
-        0,
-        "--optimizer",
-        "adamw",
-        "--batch_size",
-        16,
-    )
+    command = ["--teacher", corpus, "--student", bert, "--output", tmp_path / "out", "--batch_size", 16]
+    run(*command, "--lambda1", 1, "--lambda2", 0, "--lambda3", 0, "--optimizer", "adamw")
     assert json.loads((tmp_path / "out" / "talas.json").read_text())["teacher"] is None
 
 
