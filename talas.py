@@ -3,9 +3,8 @@
     python cache_teacher.py && python talas.py               # the demo: offline, on a laptop's CPU
     python talas.py --teacher teacher.pt --student nreimers/MiniLMv2-L6-H384-distilled-from-BERT-Base
 
-Read it beside the paper: settings (Table 5, Appendix E), losses (Eqs. 3-7, 10-12), ASAM (Eq. 2), Algorithm 1, sharpness
-(Table 4), saving. Throughout, N is the batch size, T the number of tokens, L the number of the student's Transformer
-layers, d_S and d_T the dimensions of student and teacher.
+In the paper's order: settings (Appendix E), losses (Eqs. 3-7, 10-12), ASAM (Eq. 2), Algorithm 1, sharpness (Table 4).
+N is the batch size, T the number of tokens, L that of the student's layers, d_S and d_T the two models' dimensions.
 """
 
 import json
@@ -64,8 +63,7 @@ class Settings:
     sharpness: bool = HfArg(default=False, help="record the largest Hessian eigenvalue after each epoch, Table 4")
 
 
-LOG_EVERY = 10  # steps between two lines of metrics.jsonl
-SHARPNESS_BATCHES = 4  # over which λ_max is measured
+LOG_EVERY, SHARPNESS_BATCHES = 10, 2  # steps between two lines of metrics.jsonl; batches over which λ_max is measured
 METRICS = ["simcse", "tamd", "lasd", "loss", "sharpness_gap"]  # the gap is L(w̃) - L(w), the second pass
 KEPT = "The checkpoint of the last whole epoch is good: --resume"
 
@@ -316,21 +314,25 @@ class Meter:
 
 
 def largest_hessian_eigenvalue(loss_fn, parameters, iterations=20, seed=0):
-    """λ_max, the largest eigenvalue of the Hessian of loss_fn() at the parameters, by power iteration on products H v.
+    """λ_max (Table 4), the largest eigenvalue of the Hessian H at the parameters, by power iteration on products H v.
 
-    loss_fn takes nothing and gives a scalar that is twice differentiable; it is called once. Power iteration finds the
-    eigenvalue of the largest size; if that is negative, a second one on H shifted by it finds the largest.
+    loss_fn: a function of nothing that gives a scalar, twice differentiable, or a list of them, whose mean is meant. Power
+    iteration finds the eigenvalue of the largest size; if that is negative, a second one on H shifted by it finds λ_max.
     """
-    parameters = list(parameters)
-    gradient = torch.autograd.grad(loss_fn(), parameters, create_graph=True, materialize_grads=True)
-    product = lambda v: torch.autograd.grad(gradient, parameters, v, retain_graph=True, materialize_grads=True)
-    generator = torch.Generator().manual_seed(seed)
-    eigenvalue = shift = 0.0
+    loss_fns, parameters = loss_fn if isinstance(loss_fn, list) else [loss_fn], list(parameters)
+
+    def product(v):
+        total = [torch.zeros_like(p) for p in parameters]
+        for fn in loss_fns:  # one graph at a time: that of a second derivative is large
+            gradient = torch.autograd.grad(fn(), parameters, create_graph=True, materialize_grads=True)
+            torch._foreach_add_(total, torch.autograd.grad(gradient, parameters, v, materialize_grads=True))
+        return [x / len(loss_fns) for x in total]
+
+    generator, eigenvalue, shift = torch.Generator().manual_seed(seed), 0.0, 0.0
     for _ in range(2):
         v = [torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in parameters]
         for _ in range(iterations):
-            length = torch.stack(torch._foreach_norm(v)).norm()
-            v = [x / length for x in v]
+            v = torch._foreach_div(v, torch.stack(torch._foreach_norm(v)).norm())
             Hv = [h - shift * x for h, x in zip(product(v), v)]
             eigenvalue = sum((x * h).sum() for x, h in zip(v, Hv)).item() + shift  # vᵀ H v
             v = Hv
@@ -342,10 +344,10 @@ def largest_hessian_eigenvalue(loss_fn, parameters, iterations=20, seed=0):
 
 def measure_sharpness(student, projections, batches, s):
     """λ_max of the full training objective (Eq. 7) over fixed batches, without dropout."""
-    batches, attention = list(batches), student.config._attn_implementation
+    attention = student.config._attn_implementation
     student.eval().set_attn_implementation("eager")  # the fused kernels have no second derivative
-    loss = lambda: sum(total_loss(student, projections, tokens, teacher, s)[0] for tokens, teacher, _ in batches) / len(batches)
-    lambda_max = largest_hessian_eigenvalue(loss, [p for p in [*student.parameters(), *projections] if p.requires_grad])
+    losses = [lambda batch=batch: total_loss(student, projections, *batch[:2], s)[0] for batch in batches]
+    lambda_max = largest_hessian_eigenvalue(losses, [p for p in [*student.parameters(), *projections] if p.requires_grad])
     student.set_attn_implementation(attention)
     return lambda_max
 
@@ -377,8 +379,7 @@ def find_checkpoint(s):
     out, checkpoint = Path(s.output), Path(s.output) / "checkpoint.pt"
     if s.resume:
         if not checkpoint.exists():
-            done = (out / "talas.json").exists()
-            fail(f"{out} is a finished run: nothing to resume" if done else f"{out} has no checkpoint: run without --resume")
+            fail(f"{out} has no checkpoint to resume from: it is {'a finished' if (out / 'talas.json').exists() else 'no'} run")
         state, new = load(checkpoint), asdict(s)
         moot = ("resume", "overwrite", "output", *(["pooling"] if s.pooling == "auto" else []))
         old = state["settings"] | {name: new[name] for name in moot}
@@ -440,8 +441,8 @@ def main(argv=None):
         fail(f"interrupted; the same command with --resume goes on from the last whole epoch in {s.output}")
     except OSError as error:
         fail(f"cannot write to {s.output}: {error.strerror or error}")
-    print(", ".join(f"{name} {value:.1f}" for name, value in cost.items()))
-    print(f"student saved to {s.output}; score it with: python eval.py {s.output}")
+    costs = ", ".join(f"{name} {value:.1f}" for name, value in cost.items())
+    print(f"{costs}\nstudent saved to {s.output}; score it with: python eval.py {s.output}")
 
 
 if __name__ == "__main__":
