@@ -16,14 +16,18 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import make_pipeline
@@ -51,22 +55,54 @@ def quiet():
 
 
 def pick_device(name):
-    """`auto` is the accelerator if there is one, else the CPU."""
+    """The torch device of that name; `auto` is the accelerator if there is one, else the CPU."""
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
-        return torch.empty(0, device=best if name == "auto" else name).device
-    except (RuntimeError, AssertionError):
+        probe = torch.zeros(1, device=best if name == "auto" else name)
+        probe.item()  # a device that computes nothing, such as meta, fails here
+        return probe.device
+    except (RuntimeError, AssertionError, NotImplementedError):
         fail(f"--device {name} is not here; use auto or cpu")
 
 
+def random_state(device):
+    """The states of the random generators that a computation on the device draws from: (the CPU's, the device's or None)."""
+    return torch.get_rng_state(), None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(
+        device
+    )
+
+
+def set_random_state(device, state):
+    """Go back to a state that random_state gave."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.get_device_module(device).set_rng_state(state[1], device)
+
+
 def memory_mb(device):
-    """Megabytes in use: the accelerator's peak since the last call, or the process's resident memory on a CPU."""
+    """Megabytes in use: the accelerator's peak since the last call, or the process's own resident memory on a CPU."""
     if device.type != "cpu":
-        peak = torch.accelerator.max_memory_allocated() / 2**20
-        torch.accelerator.reset_peak_memory_stats()
+        peak = torch.accelerator.max_memory_allocated(device) / 2**20
+        torch.accelerator.reset_peak_memory_stats(device)
         return peak
     statm = Path("/proc/self/statm")  # of Linux; elsewhere nothing is measured
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20 if statm.exists() else 0.0
+    if not statm.exists():
+        return 0.0
+    resident, shared = map(int, statm.read_text().split()[1:3])  # shared: files, the cache on disk among them
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@contextmanager
+def writing(path):
+    """Errors of writing to `path` end the program with one line."""
+    try:
+        yield
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch and safetensors report a full disk in their own ways
+        fail(f"cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}")
 
 
 # ------------------------------------------------------------------------------------------------- the corpus
@@ -141,7 +177,9 @@ def clean(sentences):
     first.pop("", None)
     repeated = len(sentences) - blank - len(first)
     print(f"{len(sentences)} sentences: {blank} blank and {repeated} repeated removed, {len(first)} left")
-    return list(first.values()) or fail("the corpus holds no sentence")
+    if not first:
+        fail("the corpus holds no sentence")
+    return list(first.values())
 
 
 def fingerprint(sentences):
@@ -168,11 +206,19 @@ def pool(hidden, attention_mask, pooling):
     raise ValueError(f"pooling must be cls, mean or last, not {pooling!r}")
 
 
-def read_model_json(name, file):
-    """A JSON file of a model, by directory or Hub id, or {} if it has no such file."""
+def read_model_json(name, file, required=False):
+    """A JSON file of a model, by directory or Hub id, or {} if it has no such file.
+
+    Ends the program if the file is torn, or if it is `required` to know and the Hub, which may have it, is out of reach.
+    """
     try:
         return json.loads(Path(cached_file(name, file)).read_text(encoding="utf-8"))
-    except OSError:
+    except ValueError:
+        fail(f"{name}: its {file} is torn")
+    except OSError as error:
+        absent = isinstance(error.__cause__, (EntryNotFoundError, type(None)))
+        if required and (isinstance(error.__cause__, LocalEntryNotFoundError) or not absent):
+            fail(f"{name}: its {file}, which may tell its pooling, is out of reach; choose one with --pooling")
         return {}
 
 
@@ -182,13 +228,13 @@ def declared_pooling(name):
     Reads both forms, {"pooling_mode_cls_token": true} and {"pooling_mode": "cls"}. Ends the program if the model needs a
     module or a pooling that is not implemented here: its embeddings would be wrong.
     """
-    listed = read_model_json(name, "modules.json") or []
+    listed = read_model_json(name, "modules.json", required=True) or []
     modules = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in listed}
     if extra := sorted(set(modules) - {"Transformer", "Pooling", "Normalize"}):
         fail(f"{name} has a {extra[0]} module: encode with sentence-transformers and pass the array, --teacher X.npy")
     if "Pooling" not in modules:
         return None
-    config = read_model_json(name, f"{modules['Pooling']}/config.json")
+    config = read_model_json(name, f"{modules['Pooling']}/config.json", required=True)
     old = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "lasttoken"}
     modes = [old.get(key, key) for key, on in config.items() if key.startswith("pooling_mode_") and on]
     mode = config.get("pooling_mode") or "+".join(modes) or "mean"
@@ -222,11 +268,13 @@ def load_encoder(name, pooling="auto", dtype=torch.float32):
     The weights are loaded as `dtype`, whatever type the files hold. Ends the program if the model can't be loaded.
     """
     try:
-        model = AutoModel.from_pretrained(name, dtype=dtype)
+        model, report = AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         fail(f"cannot load {name}, neither a directory with a model nor a model on the Hub within reach: {reason}")
+    if missing := sorted(key for key in report["missing_keys"] if "pooler" not in key):  # the pooler is not used here
+        fail(f"{name}: its files lack {len(missing)} weights of a {type(model).__name__}, {missing[0]} among them")
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
     if tokenizer.pad_token is None:
@@ -248,6 +296,8 @@ def load_encoder(name, pooling="auto", dtype=torch.float32):
 def tokenize(tokenizer, sentences, max_length):
     """Token ids of n sentences, cut to max_length and to what the model takes: n int32 arrays. Prints how many were cut."""
     limit, ids, cut = min(max_length, tokenizer.model_max_length), [], 0
+    if limit < 3:
+        fail(f"--max_length {limit} leaves no token of a sentence beside the first and the last; take 3 or more")
     for i in range(0, len(sentences), 10_000):  # in slices: the tokenizer's own output is far larger than the ids
         rows = tokenizer(sentences[i : i + 10_000], truncation=True, max_length=limit, return_attention_mask=False)
         ids += [np.array(row, dtype=np.int32) for row in rows["input_ids"]]
@@ -279,7 +329,11 @@ def encode(model, tokenizer, sentences, pooling, max_length, batch_size, label=N
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             tokens = pad([ids[i] for i in batch], tokenizer.pad_token_id, model.device)
-            hidden = model(**tokens).last_hidden_state  # (N, T, d)
+            try:
+                hidden = model(**tokens).last_hidden_state  # (N, T, d)
+            except torch.OutOfMemoryError:
+                bar.close()
+                fail(f"{model.device} is out of memory; try a smaller --batch_size or --max_length, or another --dtype")
             embeddings[batch] = pool(hidden, tokens["attention_mask"], pooling).float().cpu()
             bar.update(len(batch))
     return embeddings
@@ -317,7 +371,7 @@ def read_array(path, rows):
         fail(f"{path} must hold one array of shape (sentences, dimensions)")
     if len(array) != rows:
         fail(f"{path} has {len(array)} rows, but the corpus has {rows} sentences; give one row a sentence, in order")
-    return array
+    return array.detach()
 
 
 def load_teacher(args, texts, rows, kept):
@@ -340,19 +394,26 @@ def load_teacher(args, texts, rows, kept):
 
 
 def make_cache(args, texts, sources, pooling, embeddings):
-    """The cache's dict. A sentence that the teacher has no word of (a zero vector) has no target and goes."""
-    zero = (embeddings == 0).all(dim=1).nonzero().flatten().tolist()
+    """The cache's dict, of n texts and the embeddings (n, d_T), or of the first of them, (m, d_T).
+
+    A sentence that the teacher has no word of (a zero vector) has no target and goes.
+    """
+    embeddings = embeddings.to(torch.float16 if args.dtype == "float16" else torch.float32)
+    if not embeddings.isfinite().all():
+        fail(f"the embeddings of {args.teacher} are not all finite numbers; try --dtype float32")
+    zero = set((embeddings == 0).all(dim=1).nonzero().flatten().tolist())
     if zero:
         print(f"{len(zero)} sentences removed: the teacher knows no word of theirs")
-    if not embeddings.isfinite().all():
-        fail(f"the embeddings of {args.teacher} are not all finite numbers; with a model, try --dtype float32")
-    keep = sorted(set(range(len(texts))) - set(zero))
+    keep = [i for i in range(len(texts)) if i not in zero]
     cache = {
         "sentences": [texts[i] for i in keep],
         "sources": [sources[i] for i in keep],
-        "embeddings": embeddings[[i for i in keep if i < len(embeddings)]].to(torch.float16 if args.dtype == "float16" else torch.float32),
-        "teacher": args.teacher, "pooling": pooling, "max_length": args.max_length, "version": VERSION,
-    }  # fmt: skip
+        "embeddings": embeddings[[i for i in keep if i < len(embeddings)]],
+        "teacher": args.teacher,
+        "pooling": pooling,
+        "max_length": args.max_length,
+        "version": VERSION,
+    }
     return cache | {"fingerprint": fingerprint(cache["sentences"])}
 
 
@@ -372,11 +433,11 @@ def save(path, content):
     """torch.save, whole or not at all: to a temporary name first. Ends the program if it can't be written."""
     partial = Path(f"{path}.partial")
     try:
-        torch.save(content, partial)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        with writing(path):
+            torch.save(content, partial)
+            os.replace(partial, path)
+    finally:
         partial.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}")
 
 
 def move_files(draft, folder):
@@ -390,7 +451,7 @@ def move_files(draft, folder):
 def load(path):
     """torch.load of tensors and plain values, without running any code of the file's; ends the program if it can't be read."""
     try:
-        return torch.load(path, weights_only=True, mmap=True)
+        return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         why = (
             "it holds more than tensors and plain values"
@@ -426,6 +487,24 @@ def load_cache(path):
         if not lengths.isfinite().all() or not lengths.all():
             fail(f"{path}: some embeddings are zero or not finite; {remedy}")
     return cache
+
+
+def identity(cache):
+    """A hash of what a run learns from: sentences, sources, teacher and, of the embeddings, their shape and 1,000 rows."""
+    embeddings = cache["embeddings"]
+    rows = [] if embeddings is None else embeddings[:: max(1, len(embeddings) // 1000)].tolist()
+    shape = None if embeddings is None else list(embeddings.shape)
+    return fingerprint([cache["fingerprint"], cache["teacher"], shape, rows, list(cache["sources"])])
+
+
+def code_commit():
+    """The commit of this code, if it is a git checkout of its own and git is here, else None."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--show-toplevel", "HEAD"]
+        folder, commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split("\n")[:2]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit if Path(folder) == Path(__file__).parent.resolve() else None
 
 
 def load_sentences(corpus):
@@ -465,7 +544,12 @@ def parse_args(argv):
     parser.add_argument("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
     parser.add_argument("--seed", type=int, default=42, help="of the paper corpus's sample")
     parser.error = fail
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not Path(args.output).absolute().parent.is_dir() or Path(args.output).is_dir():
+        fail(f"--output {args.output}: it must be a file's name in a folder that exists")
+    if args.seed < 0:
+        fail(f"--seed {args.seed}: it must be at least 0")
+    return args
 
 
 def main(argv=None):

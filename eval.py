@@ -33,6 +33,7 @@ from cache_teacher import (
     quiet,
     read_corpus,
     read_table,
+    writing,
 )
 from demo.tiny import tiny_student
 
@@ -88,7 +89,7 @@ def load_hub_split(task, split):
     source = HUB[task]
     try:
         data = datasets.load_dataset(source.dataset, source.config, split=split, revision=source.revision)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0]
         fail(f"cannot load {task} ({source.dataset}, {split}) from the Hub; --data DIR works offline: {reason}")
     if missing := set(source.columns) - set(data.column_names):
@@ -116,9 +117,10 @@ def load_tasks(data, names):
         in_domain = ["emotion", "wic", "stsb"]
         if (folder / "tasks.json").exists():
             try:
-                in_domain = list(json.loads((folder / "tasks.json").read_text(encoding="utf-8"))["in_domain"])
-            except (ValueError, KeyError, TypeError):
-                fail(f'{folder / "tasks.json"} must be {{"in_domain": [names of tasks]}}')
+                in_domain = json.loads((folder / "tasks.json").read_text(encoding="utf-8"))["in_domain"]
+                assert isinstance(in_domain, list) and set(in_domain) <= set(there)
+            except (ValueError, KeyError, TypeError, AssertionError):
+                fail(f'{folder / "tasks.json"} must be {{"in_domain": [names of tasks]}}, of {", ".join(there)}')
     if unknown := [name for name in names or [] if name not in there]:
         fail(f"no task {', '.join(unknown)} in {data}; there are: {', '.join(there) or 'none'}")
     tasks = {}
@@ -155,7 +157,7 @@ def check_rows(name, split, rows):
         "sentence1": str,
         "sentence2": str,
         "score": number,
-        "label": number if columns[0] == "sentence1" else (str, int, float),
+        "label": number if columns[0] == "sentence1" else (str, int),
     }
     for i, row in enumerate(rows, 1):
         if bad := [
@@ -214,7 +216,8 @@ def average_precision(a, b, labels):
 
 def spearman(a, b, scores):
     """Spearman correlation, in percent, of the cosine between two (n, d) with the gold scores."""
-    return 100 * spearmanr(cosine(a, b), scores).statistic
+    cosines = cosine(a, b)
+    return 100 * spearmanr(cosines, scores).statistic if np.ptp(cosines) > 0 else math.nan  # no ranks, no warning
 
 
 def score(task, name, vectors):
@@ -232,7 +235,7 @@ def score(task, name, vectors):
 def load_model(name, args):
     """A function (n sentences, label of the progress bar) -> array (n, d) for a directory, a Hub id, lsa or tiny."""
     if name in ("lsa", "tiny"):  # both come from a corpus: the one beside the tasks, else the demo's
-        beside = Path(args.data) / "corpus.jsonl"
+        beside = (DEMO if args.data == "demo" else Path(args.data)) / "corpus.jsonl"
         corpus = beside if beside.exists() else DEMO / "corpus.jsonl"
         sentences = list(dict.fromkeys(read_corpus(str(corpus), 0)[0]))
         print(f"{name}: from the {len(sentences)} sentences of {corpus.parent.name}/{corpus.name}")
@@ -240,7 +243,7 @@ def load_model(name, args):
         lsa = fit_lsa(sentences)
         return lambda texts, label: lsa.transform(texts)
     if name == "tiny":
-        model, tokenizer, pooling = tiny_student(sentences, seed=42)  # the default seed of talas.py
+        model, tokenizer, pooling = tiny_student(sentences, 42, args.pooling)  # the default seed of talas.py
     else:
         model, tokenizer, pooling = load_encoder(name, args.pooling)
     model.to(pick_device(args.device))
@@ -320,8 +323,8 @@ def parse_args(argv):
     parser.add_argument("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
     parser.error = fail
     args = parser.parse_args(argv)
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        fail(f"--json {args.json}: its folder does not exist")
+    if args.json and (not Path(args.json).absolute().parent.is_dir() or Path(args.json).is_dir()):
+        fail(f"--json {args.json}: it must be a file's name in a folder that exists")
     return args
 
 
@@ -330,10 +333,16 @@ def main(argv=None):
     quiet()
     args = parse_args(argv)
     tasks, in_domain = load_tasks(args.data, args.tasks)
-    results = {name: evaluate(name, tasks, in_domain, args) for name in args.models}
-    print("\n" + markdown(results, tasks, in_domain))
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    results = {}
+    try:
+        for name in args.models:
+            results[name] = evaluate(name, tasks, in_domain, args)
+            if args.json:
+                with writing(args.json):
+                    Path(args.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    finally:  # a model that fails loses no other's scores
+        if results:
+            print("\n" + markdown(results, tasks, in_domain))
 
 
 if __name__ == "__main__":

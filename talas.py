@@ -10,7 +10,6 @@ N is the batch size, T the number of tokens, L that of the student's layers, d_S
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -25,8 +24,9 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from cache_teacher import declare_pooling, fail, load, load_cache, load_encoder, load_sentences
-from cache_teacher import memory_mb, move_files, pad, pick_device, pool, quiet, save, tokenize
+from cache_teacher import code_commit, declare_pooling, fail, identity, load, load_cache, load_encoder, load_sentences
+from cache_teacher import memory_mb, move_files, pad, pick_device, pool, quiet, random_state, save, set_random_state
+from cache_teacher import tokenize, writing
 from demo import tiny
 
 # ------------------------------------------------------------------------------------------------------- settings
@@ -65,14 +65,14 @@ class Settings:
 
 LOG_EVERY, SHARPNESS_BATCHES = 10, 2  # steps between two lines of metrics.jsonl; batches over which λ_max is measured
 METRICS = ["simcse", "tamd", "lasd", "loss", "sharpness_gap"]  # the gap is L(w̃) - L(w), the second pass
-KEPT = "The checkpoint of the last whole epoch is good: --resume"
+ADVICE = "try a lower --lr or --rho, with --overwrite (the checkpoint of the last whole epoch is kept)"
 
 # ------------------------------------------------------------------------------------------------ losses (Section 3)
 def tamd_loss(layers, projections, teacher, reduction="mean"):
     """Teacher-anchored multi-layer distillation, Eq. 3: the mean over K layers of 1 - cos(e_l W_l, e^T), in [0, 2].
 
-    layers: K tensors (N, d_S), the top layers; projections: K tensors W_l (d_S, d_T); teacher: (N, d_T). Gives a scalar,
-    or each sentence's own loss, (N,), with reduction="none". ValueError unless there are as many projections as layers.
+    layers: K tensors (N, d_S), the top layers; projections: K tensors W_l (d_S, d_T), else ValueError; teacher: (N, d_T).
+    Gives a scalar, or each sentence's own loss, (N,), with reduction="none".
     """
     distances = [1 - F.cosine_similarity(E @ W, teacher, dim=-1) for E, W in zip(layers, projections, strict=True)]
     losses = torch.stack(distances).mean(0)  # (K, N) -> (N,)
@@ -96,11 +96,9 @@ def lasd_loss(layers, detach_guide=False):
 
 
 def simcse_loss(z, z_prime, temperature, reduction="mean"):
-    """Unsupervised SimCSE, Eq. 6: two dropout views (N, d_S) -> scalar, or (N,) with reduction="none".
-
-    -log softmax over j of cos(z_i, z'_j) / tau, at j = i: the cross entropy of a choice among the batch's sentences.
-    """
+    """Unsupervised SimCSE, Eq. 6: two dropout views, (N, d_S), and tau -> scalar, or (N,) with reduction="none"."""
     similarities = F.normalize(z, dim=-1) @ F.normalize(z_prime, dim=-1).T / temperature  # (N, N)
+    # -log softmax over j, at j = i: the cross entropy of choosing one's own second view among the batch's
     return F.cross_entropy(similarities, torch.arange(len(z), device=z.device), reduction=reduction)
 
 
@@ -188,20 +186,20 @@ class ASAM:
 # ----------------------------------------------------------------------------------------------------- Algorithm 1
 def training_step(student, projections, optimizer, tokens, teacher, domains, s):
     """One step of Algorithm 1 on a batch: w moves. Returns the three terms, L(w), and L(w̃) - L(w), (5,), without gradient."""
-    objective = lambda **how: total_loss(student, projections, tokens, teacher, s, **how)
-    if s.optimizer == "adamw":
-        loss, terms = perturbed_loss, _ = objective()
+    objective = lambda reduction="mean": total_loss(student, projections, tokens, teacher, s, reduction)
+    random = random_state(student.device)
+    loss, terms = objective("none" if s.optimizer == "disam" else "mean")
+    if s.optimizer == "adamw":  # no ascent step: w̃ = w
+        perturbed_loss = loss
     else:  # 1. Ascent step: the gradient at w gives w̃
-        with torch.random.fork_rng():  # the second pass draws the same dropout masks: one function, at two points
-            losses, terms = objective(reduction="none" if s.optimizer == "disam" else "mean")
-        loss = losses.mean()
-        climbed = disam_objective(losses.expand(len(domains)), domains, s.disam_lambda) if s.optimizer == "disam" else loss
+        climbed = disam_objective(loss.expand(len(domains)), domains, s.disam_lambda) if s.optimizer == "disam" else loss
         climbed.backward()
         optimizer.ascent_step()
+        set_random_state(student.device, random)  # the same dropout masks again: one function, at two points
         perturbed_loss, _ = objective()
     perturbed_loss.backward()  # 2. Descent step: the gradient at w̃ moves w
     optimizer.descent_step()
-    return torch.stack([*terms, loss, perturbed_loss - loss]).detach()
+    return torch.stack([*terms, loss.mean(), perturbed_loss - loss.mean()]).detach()
 
 
 def set_up(s, student, targets, steps):
@@ -220,27 +218,27 @@ def train(s, cache, student, tokenizer, resumed=None):
     sentences, targets = tokenize(tokenizer, cache["sentences"], s.max_length), cache["embeddings"]
     domains = torch.from_numpy(np.unique(cache["sources"], return_inverse=True)[1])
 
-    def fetch(batch):
-        """The tokens (N, T), the cached targets E^T (N, d_T) and the domains (N,) of a mini-batch of positions (N,)."""
+    def fetch(batch):  # positions (N,) -> tokens (N, T), cached targets E^T (N, d_T), domains (N,)
         tokens = pad([sentences[i] for i in batch], tokenizer.pad_token_id, student.device)
         teacher = targets[batch].to(student.device, torch.float32) if s.lambda2 else None
         return tokens, teacher, domains[batch]
 
     steps_per_epoch = len(sentences) // s.batch_size
     projections, optimizer, scheduler = set_up(s, student, targets, s.epochs * steps_per_epoch)
-    state = Checkpoint(s, cache["fingerprint"], student, projections, optimizer.optimizer, scheduler)
+    state = Checkpoint(s, identity(cache), student, projections, optimizer.optimizer, scheduler)
     first_epoch, position = state.load(resumed) if resumed else state.save(0, 0)
     meter = Meter(s, steps_per_epoch, first_epoch, position, student.device)
     for epoch in range(first_epoch, s.epochs):
         student.train()
+        meter.start()
         order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(s.seed + epoch))
         for batch in order.split(s.batch_size)[:steps_per_epoch]:  # sample a mini-batch B; an incomplete one is left out
             values = training_step(student, projections, optimizer, *fetch(batch), s)
-            scheduler.step()
             meter.step(values, epoch + 1, scheduler.get_last_lr()[0])
-        fixed = torch.arange(len(sentences)).split(s.batch_size)[:SHARPNESS_BATCHES]
-        lambda_max = measure_sharpness(student, projections, map(fetch, fixed), s) if s.sharpness else None
-        meter.write(end_of_epoch=epoch + 1, step=meter.count, lambda_max=lambda_max)
+            scheduler.step()
+        fixed = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(0)).split(s.batch_size)
+        lambda_max = measure_sharpness(student, projections, map(fetch, fixed[:SHARPNESS_BATCHES]), s) if s.sharpness else None
+        meter.file.write(json.dumps({"end_of_epoch": epoch + 1, "step": meter.count, "lambda_max": lambda_max}) + "\n")
         state.save(epoch + 1, meter.file.tell())
     return projections, meter.cost()
 
@@ -248,26 +246,23 @@ def train(s, cache, student, tokenizer, resumed=None):
 class Checkpoint:
     """What a run needs to go on after an interruption as if nothing had happened; a file in the output directory."""
 
-    def __init__(self, s, corpus, student, projections, adamw, scheduler):
-        self.path, self.settings, self.corpus = f"{s.output}/checkpoint.pt", asdict(s), corpus
+    def __init__(self, s, learnt_from, student, projections, adamw, scheduler):
+        self.path, self.facts, self.device = f"{s.output}/checkpoint.pt", {"settings": asdict(s), "cache": learnt_from}, student.device
         self.modules = {"student": student, "projections": torch.nn.ParameterList(projections), "adamw": adamw, "scheduler": scheduler}
-        self.random = torch if student.device.type == "cpu" else torch.get_device_module(student.device)
 
     def save(self, epoch, position):
         """Write the state after `epoch` epochs and `position` bytes of metrics.jsonl, whole or not at all; returns both."""
         if not all(p.isfinite().all() for p in self.modules["student"].parameters()):
-            fail(f"epoch {epoch} left weights that are not finite; try a lower --lr or --rho. {KEPT}")
-        state = {"epoch": epoch, "position": position, "settings": self.settings, "corpus": self.corpus}
-        state |= {name: module.state_dict() for name, module in self.modules.items()}
-        save(self.path, state | {"random": (torch.get_rng_state(), self.random.get_rng_state())})
+            fail(f"epoch {epoch} left weights that are not finite; {ADVICE}")
+        modules = {name: module.state_dict() for name, module in self.modules.items()}
+        save(self.path, self.facts | modules | {"epoch": epoch, "position": position, "random": random_state(self.device)})
         return epoch, position
 
     def load(self, state):
         """Go back to a saved state; returns its epoch and position."""
         for name, module in self.modules.items():
             module.load_state_dict(state[name])
-        torch.set_rng_state(state["random"][0])
-        self.random.set_rng_state(state["random"][1])
+        set_random_state(self.device, state["random"])
         return state["epoch"], state["position"]
 
 
@@ -275,11 +270,14 @@ class Meter:
     """The progress bar, the lines of metrics.jsonl, and at the end what the run cost (Table 3)."""
 
     def __init__(self, s, steps_per_epoch, first_epoch, position, device):
-        self.file = open(f"{s.output}/metrics.jsonl", "a", buffering=1, encoding="utf-8")
+        self.file = open(f"{s.output}/metrics.jsonl", "a+", buffering=1, encoding="utf-8")
         self.file.truncate(position)  # what an interrupted epoch wrote is written again
         self.device, self.steps_per_epoch, self.count, self.window = device, steps_per_epoch, first_epoch * steps_per_epoch, []
-        self.milliseconds, self.megabytes, self.start = [], [], time.perf_counter()
         self.bar = tqdm(initial=self.count, total=s.epochs * steps_per_epoch, unit="step", disable=None, dynamic_ncols=True)
+
+    def start(self):
+        """Begin to measure time and memory: what lies between two epochs does not count."""
+        self.clock, _ = time.perf_counter(), memory_mb(self.device)
 
     def step(self, values, epoch, lr):
         """Take the values of one step, which stay on the device until a line is due: the host does not wait for them."""
@@ -292,25 +290,21 @@ class Meter:
         if len(bad := (~rows.isfinite()).nonzero()):
             step, which = bad[0].tolist()
             self.bar.close()
-            fail(f"step {self.count - len(rows) + 1 + step}: {METRICS[which]} is not finite; try a lower --lr or --rho. {KEPT}")
-        means = dict(zip(METRICS, rows.mean(0).tolist()))
-        self.milliseconds.append(1000 * (time.perf_counter() - self.start) / len(rows))
-        self.megabytes.append(memory_mb(self.device))
-        self.write(step=self.count, epoch=epoch, **means, lr=lr, ms_per_step=self.milliseconds[-1], memory_mb=self.megabytes[-1])
-        self.bar.set_postfix({name: f"{means[name]:.4f}" for name in METRICS[:4]})
-        self.window = []
-
-    def write(self, **line):
-        """Write a line of metrics.jsonl; the clock of the next steps starts after it."""
+            fail(f"step {self.count - len(rows) + 1 + step}: {METRICS[which]} is not finite; {ADVICE}")
+        means, ms = dict(zip(METRICS, rows.mean(0).tolist())), 1000 * (time.perf_counter() - self.clock) / len(rows)
+        line = {"step": self.count, "epoch": epoch, **means, "lr": lr, "ms_per_step": ms, "memory_mb": memory_mb(self.device)}
         self.file.write(json.dumps(line) + "\n")
-        self.start = time.perf_counter()
+        self.bar.set_postfix({name: f"{means[name]:.4f}" for name in METRICS[:4]})
+        self.window, self.clock = [], time.perf_counter()
 
     def cost(self):
-        """Table 3: the median time of a step, without the first tenth, and the memory sampled along the run."""
+        """Table 3, from the lines: the median time of a step, without the first tenth, and the memory along the run."""
         self.bar.close()
-        times, sizes = self.milliseconds[len(self.milliseconds) // 10 :] or [0.0], self.megabytes or [0.0]
+        self.file.seek(0)
+        lines = [line for line in map(json.loads, self.file) if "ms_per_step" in line]
+        sizes = [line["memory_mb"] for line in lines]
         memory = {"mean_mb": statistics.fmean(sizes), "peak_mb": max(sizes), "std_mb": statistics.pstdev(sizes)}
-        return {"ms_per_step": statistics.median(times)} | memory
+        return {"ms_per_step": statistics.median(line["ms_per_step"] for line in lines[len(lines) // 10 :])} | memory
 
 
 def largest_hessian_eigenvalue(loss_fn, parameters, iterations=20, seed=0):
@@ -359,8 +353,10 @@ def check(s, student, tokenizer, sentences):
     for name, value in asdict(s).items():
         if type(value) in (int, float) and not (0 <= value < math.inf and (value or name not in positive)):
             fail(f"--{name} {value}: it must be a number {'above' if name in positive else 'of at least'} 0")
-    L, embeddings = student.config.num_hidden_layers, student.get_input_embeddings().num_embeddings
+    L, vectors = student.config.num_hidden_layers, student.get_input_embeddings().num_embeddings
     wrong = {
+        f"{s.student}: a student must be an encoder or a decoder, not both": student.config.is_encoder_decoder,
+        f"{s.student}: its tokenizer has {len(tokenizer)} tokens, its embeddings only {vectors}": len(tokenizer) > vectors,
         f"--warmup_ratio {s.warmup_ratio}: it is a part of the steps, at most 1": s.warmup_ratio > 1,
         "--lambda1, --lambda2 and --lambda3 are all 0: there is nothing to learn": not (s.lambda1 or s.lambda2 or s.lambda3),
         "--batch_size 1: Eqs. 5 and 6 compare the sentences of a batch; take more": s.batch_size == 1 and s.lambda1 + s.lambda3 > 0,
@@ -368,7 +364,6 @@ def check(s, student, tokenizer, sentences):
         f"--anchored_layers {s.anchored_layers}: {s.student} has {L} layers": s.lambda2 and s.anchored_layers > L,
         f"--lasd_layers {s.lasd_layers}: Eq. 5 chains 2 to L layers, {s.student} has {L}; --lambda3 0 leaves it out":
             s.lambda3 and (L < 2 or s.lasd_layers == 1 or s.lasd_layers > L),
-        f"{s.student}: its tokenizer has {len(tokenizer)} tokens, its embeddings only {embeddings}": len(tokenizer) > embeddings,
     }  # fmt: skip
     for message in (message for message, is_wrong in wrong.items() if is_wrong):
         fail(message)
@@ -377,19 +372,24 @@ def check(s, student, tokenizer, sentences):
 def find_checkpoint(s):
     """The checkpoint to resume from, or None for a new run. Ends the program if the output is not to be touched."""
     out, checkpoint = Path(s.output), Path(s.output) / "checkpoint.pt"
+    if s.resume and checkpoint.exists():
+        return load(checkpoint)
     if s.resume:
-        if not checkpoint.exists():
-            fail(f"{out} has no checkpoint to resume from: it is {'a finished' if (out / 'talas.json').exists() else 'no'} run")
-        state, new = load(checkpoint), asdict(s)
-        moot = ("resume", "overwrite", "output", *(["pooling"] if s.pooling == "auto" else []))
-        old = state["settings"] | {name: new[name] for name in moot}
-        for name in (name for name in new if new[name] != old.get(name)):
-            fail(f"--resume with another --{name}: it was {old.get(name)}, now it is {new[name]}")
-        return state
+        fail(f"{out} has no checkpoint to resume from: it is {'a finished' if (out / 'talas.json').exists() else 'no'} run")
     if checkpoint.exists() and not s.overwrite:
         fail(f"{out} holds an interrupted run; --resume it, or --overwrite it")
     if out.exists() and not (out.is_dir() and (s.overwrite or not any(out.iterdir()))):
         fail(f"{out} exists; choose another --output, or --overwrite it")
+
+
+def check_resumed(s, state, cache):
+    """End the program if a checkpoint is of a run with other settings, or of another cache."""
+    new = asdict(s)
+    old = state["settings"] | {name: new[name] for name in ("resume", "overwrite", "output")}
+    for name in (name for name in new if new[name] != old.get(name)):
+        fail(f"--resume with another --{name}: it was {old.get(name)}, now it is {new[name]}")
+    if state["cache"] != identity(cache):
+        fail(f"--resume with another --teacher: {s.teacher} has changed since the run began")
 
 
 def save_student(s, cache, student, tokenizer, projections, cost):
@@ -401,9 +401,8 @@ def save_student(s, cache, student, tokenizer, projections, cost):
     declare_pooling(draft, s.pooling, student.config.hidden_size, tokenizer.model_max_length)
     torch.save([W.detach().cpu() for W in projections], draft / "projections.pt")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
-    commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     record = {"settings": asdict(s), "teacher": cache["teacher"], "corpus": cache["fingerprint"], "cost": cost}
-    (draft / "talas.json").write_text(json.dumps(record | {"versions": versions, "commit": commit or None}, indent=2) + "\n")
+    (draft / "talas.json").write_text(json.dumps(record | {"versions": versions, "commit": code_commit()}, indent=2) + "\n")
     move_files(draft, out)
     (out / "checkpoint.pt").unlink()
 
@@ -422,27 +421,28 @@ def main(argv=None):
     """The command line: read the cache, train, save."""
     quiet()
     s = parse_settings(argv)
+    s.device = str(pick_device(s.device))
     resumed = find_checkpoint(s)
     cache = load_cache(s.teacher) if s.lambda2 or s.teacher.endswith(".pt") else load_sentences(s.teacher)
-    if resumed and resumed["corpus"] != cache["fingerprint"]:
-        fail(f"--resume with another corpus: {s.teacher} has changed since the run began")
-    torch.manual_seed(s.seed)
+    torch.manual_seed(s.seed % 2**63)
     if s.student == "tiny":
-        student, tokenizer, s.pooling = tiny.tiny_student(cache["sentences"], s.seed)
+        student, tokenizer, s.pooling = tiny.tiny_student(cache["sentences"], s.seed % 2**63, s.pooling)
     else:
         student, tokenizer, s.pooling = load_encoder(s.student, s.pooling)
     check(s, student, tokenizer, cache["sentences"])
-    student.to(pick_device(s.device))
+    if resumed:
+        check_resumed(s, resumed, cache)
     try:
-        Path(s.output).mkdir(parents=True, exist_ok=True)
-        projections, cost = train(s, cache, student, tokenizer, resumed)
-        save_student(s, cache, student, tokenizer, projections, cost)
+        with writing(s.output):
+            Path(s.output).mkdir(parents=True, exist_ok=True)
+        projections, cost = train(s, cache, student.to(s.device), tokenizer, resumed)
+        with writing(s.output):
+            save_student(s, cache, student, tokenizer, projections, cost)
     except KeyboardInterrupt:
         fail(f"interrupted; the same command with --resume goes on from the last whole epoch in {s.output}")
-    except OSError as error:
-        fail(f"cannot write to {s.output}: {error.strerror or error}")
-    costs = ", ".join(f"{name} {value:.1f}" for name, value in cost.items())
-    print(f"{costs}\nstudent saved to {s.output}; score it with: python eval.py {s.output}")
+    except torch.OutOfMemoryError:
+        fail(f"{s.device} is out of memory; try a smaller --batch_size or --max_length")
+    print(", ".join(f"{name} {value:.1f}" for name, value in cost.items()), f"\nstudent saved to {s.output}")
 
 
 if __name__ == "__main__":

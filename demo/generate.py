@@ -3,7 +3,7 @@
     python demo/generate.py
 
 A scene is (topic, person, action, object, place, polarity). A sentence is one of many ways to say it: a synonym or
-a hypernym for each slot, one of eight forms, now and then a distracting detail. Scores and labels follow from the
+a hypernym for each slot, one of nine forms, now and then a distracting detail. Scores and labels follow from the
 scenes alone, so the words that two sentences share say little about them: a paraphrase may share no content word with
 its partner, and a negative may share all but one.
 

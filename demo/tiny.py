@@ -16,15 +16,15 @@ SIZES = {
 VOCABULARY = 4000
 
 
-def tiny_student(sentences, seed):
-    """(model, tokenizer, "cls"): a small BERT with random weights and a WordPiece vocabulary of the sentences' own."""
+def tiny_student(sentences, seed, pooling="auto"):
+    """(model, tokenizer, pooling): random weights, and a WordPiece vocabulary of the sentences' own; [CLS] unless asked."""
     wordpiece = BertWordPieceTokenizer()
     letters = sorted(set(wordpiece.normalize("".join(sentences))) - {" "})
     # naming the "##" letters up front fixes the trainer's order, which otherwise changes from run to run
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"##{letter}" for letter in letters)]
     wordpiece.train_from_iterator(sentences, VOCABULARY, special_tokens=special, show_progress=False)
     tokenizer = BertTokenizer(vocab=wordpiece.get_vocab(), model_max_length=512)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BertModel(BertConfig(vocab_size=len(tokenizer), **SIZES))
-    return model, tokenizer, "cls"
+    return model, tokenizer, "cls" if pooling == "auto" else pooling

@@ -1,8 +1,11 @@
 """What the tests share: the scripts on the path, and models and corpora small enough to build in a moment."""
 
 import json
+import os
 import sys
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-for-bit equality, and forked processes, are the CPU's
 
 import pytest
 import torch

@@ -270,6 +270,7 @@ def test_a_corpus_that_cannot_be_used_is_one_line(tmp_path, name, ends_with_one_
         (["--teacher", "nowhere.pt"], ["nowhere.pt"]),
         (["--batch_size", "0"], ["--batch_size"]),
         (["--max_length", "-1"], ["--max_length"]),
+        (["--seed", "-1"], ["--seed"]),
         (["--dtype", "int8"], ["--dtype", "float16"]),
         (["--device", "quantum"], ["--device quantum"]),
         (["--outptu", "x"], ["--outptu"]),
@@ -347,11 +348,35 @@ def test_a_cache_that_cannot_be_used_gets_its_own_line(tmp_path, corpus, name, e
     ends_with_one_line(lambda: load_cache(path), "t.pt", *words)
 
 
-class Hostile:
-    def __reduce__(self):
-        return (open, ("/tmp/talas-test-was-here", "w"))
-
-
 def test_a_hostile_cache_runs_no_code(tmp_path, ends_with_one_line):
+    class Hostile:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "it-was-here"), "w"))
+
     torch.save({"sentences": Hostile()}, tmp_path / "t.pt")
     ends_with_one_line(lambda: load_cache(tmp_path / "t.pt"), "more than tensors")
+    assert not (tmp_path / "it-was-here").exists()
+
+
+def test_torn_model_files_are_one_line(bert, ends_with_one_line):
+    weights = (bert / "model.safetensors").read_bytes()
+    (bert / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    ends_with_one_line(lambda: load_encoder(str(bert)), "bert")
+    (bert / "model.safetensors").write_bytes(weights)
+    (bert / "modules.json").write_text('[{"type"')
+    ends_with_one_line(lambda: load_encoder(str(bert)), "modules.json is torn")
+
+
+def test_a_model_whose_files_lack_weights_is_one_line(bert, ends_with_one_line):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(bert / "model.safetensors")
+    del weights["encoder.layer.1.output.dense.weight"]
+    save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
+    ends_with_one_line(lambda: load_encoder(str(bert)), "lack 1 weights", "encoder.layer.1.output.dense.weight")
+
+
+def test_half_precision_that_overflows_is_refused(tmp_path, corpus, ends_with_one_line):
+    np.save(tmp_path / "e.npy", np.full((48, 2), 1e5))
+    command = ["--teacher", tmp_path / "e.npy", "--corpus", corpus, "--output", tmp_path / "t.pt", "--dtype", "float16"]
+    ends_with_one_line(lambda: run(*command), "finite", "float32")
