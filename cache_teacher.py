@@ -267,6 +267,8 @@ def load_encoder(name, pooling="auto", dtype=torch.float32):
 
     The weights are loaded as `dtype`, whatever type the files hold. Ends the program if the model can't be loaded.
     """
+    if (Path(name) / "checkpoint.pt").exists():
+        fail(f"{name} holds an interrupted run; finish it first, with --resume")
     try:
         model, report = AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)

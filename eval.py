@@ -267,7 +267,7 @@ def evaluate(name, tasks, in_domain, args):
             if c in row
         ]
         if new := [text for text in dict.fromkeys(texts) if text not in known]:
-            vectors = embed(new, f"{name} {task_name}")
+            vectors = embed(new, f"{Path(name).name} {task_name}")
             if not np.isfinite(vectors).all():
                 fail(f"{name} gives embeddings on {task_name} that are not a number; is the model torn?")
             known.update(zip(new, vectors))

@@ -8,7 +8,6 @@ N is the batch size, T the number of tokens, L that of the student's layers, d_S
 """
 
 import json
-import math
 import statistics
 import sys
 import time
@@ -351,8 +350,8 @@ def check(s, student, tokenizer, sentences):
     """End the program if a setting has no meaning, or does not fit the student or the corpus."""
     positive = ("temperature", "lr", "projection_lr_scale", "epochs", "batch_size", "max_length", "anchored_layers")
     for name, value in asdict(s).items():
-        if type(value) in (int, float) and not (0 <= value < math.inf and (value or name not in positive)):
-            fail(f"--{name} {value}: it must be a number {'above' if name in positive else 'of at least'} 0")
+        if type(value) in (int, float) and not (0 <= value < 2**63 and (value or name not in positive)):
+            fail(f"--{name} {value}: it must be a sensible number {'above' if name in positive else 'of at least'} 0")
     L, vectors = student.config.num_hidden_layers, student.get_input_embeddings().num_embeddings
     wrong = {
         f"{s.student}: a student must be an encoder or a decoder, not both": student.config.is_encoder_decoder,
@@ -360,6 +359,7 @@ def check(s, student, tokenizer, sentences):
         f"--warmup_ratio {s.warmup_ratio}: it is a part of the steps, at most 1": s.warmup_ratio > 1,
         "--lambda1, --lambda2 and --lambda3 are all 0: there is nothing to learn": not (s.lambda1 or s.lambda2 or s.lambda3),
         "--batch_size 1: Eqs. 5 and 6 compare the sentences of a batch; take more": s.batch_size == 1 and s.lambda1 + s.lambda3 > 0,
+        f"--max_length {s.max_length}: it leaves no token between the first and the last; take more": s.max_length < 3,
         f"--batch_size {s.batch_size}: the corpus has only {len(sentences)} sentences": len(sentences) < s.batch_size,
         f"--anchored_layers {s.anchored_layers}: {s.student} has {L} layers": s.lambda2 and s.anchored_layers > L,
         f"--lasd_layers {s.lasd_layers}: Eq. 5 chains 2 to L layers, {s.student} has {L}; --lambda3 0 leaves it out":
