@@ -269,9 +269,13 @@ def load_encoder(name, pooling="auto", dtype=torch.float32):
     """
     if (Path(name) / "checkpoint.pt").exists():
         fail(f"{name} holds an interrupted run; finish it first, with --resume")
+    local = read_model_json(name, "modules.json") if Path(name).is_dir() else {}
+    folder = next(
+        (module["path"] for module in local if module["type"].endswith("Transformer")), ""
+    )  # older: a subfolder
     try:
-        model, report = AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        model, report = AutoModel.from_pretrained(name, subfolder=folder, dtype=dtype, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, subfolder=folder)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         fail(f"cannot load {name}, neither a directory with a model nor a model on the Hub within reach: {reason}")
@@ -281,7 +285,8 @@ def load_encoder(name, pooling="auto", dtype=torch.float32):
         model = model.get_encoder()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    limits = [tokenizer.model_max_length, read_model_json(name, "sentence_bert_config.json").get("max_seq_length")]
+    limit = read_model_json(name, os.path.join(folder, "sentence_bert_config.json")).get("max_seq_length")
+    limits = [tokenizer.model_max_length, limit]
     if positions := getattr(model.config, "max_position_embeddings", None):  # RoBERTa's first two are no positions
         limits.append(positions - 2 * ("roberta" in model.config.model_type))
     tokenizer.model_max_length = min(limit for limit in limits if limit)
@@ -292,6 +297,8 @@ def load_encoder(name, pooling="auto", dtype=torch.float32):
         if pooling is None:
             pooling, reason = ("last", "it is a decoder") if causal else ("cls", "it is an encoder")
     print(f"{name}: {pooling} pooling, {reason}")
+    if prompt := read_model_json(name, "config_sentence_transformers.json").get("default_prompt_name"):
+        print(f"{name}: its default prompt, {prompt!r}, is not put before the sentences")
     return model, tokenizer, pooling
 
 

@@ -142,6 +142,21 @@ def test_pooling_that_is_not_implemented_is_refused(bert, config, word, ends_wit
     ends_with_one_line(lambda: load_encoder(str(bert)), word, "--pooling")
 
 
+def test_an_older_sentence_transformers_layout_with_the_model_in_a_subfolder(tmp_path, bert):
+    old = tmp_path / "old"
+    bert.rename(tmp_path / "0_Transformer")
+    old.mkdir()
+    (tmp_path / "0_Transformer").rename(old / "0_Transformer")
+    (old / "0_Transformer" / "sentence_bert_config.json").write_text('{"max_seq_length": 20}')
+    kinds = [("Transformer", "0_Transformer"), ("Pooling", "1_Pooling")]
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds]
+    (old / "modules.json").write_text(json.dumps(modules))
+    (old / "1_Pooling").mkdir()
+    (old / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    model, tokenizer, pooling = load_encoder(str(old))
+    assert (model.config.num_hidden_layers, tokenizer.model_max_length, pooling) == (3, 20, "mean")
+
+
 def test_a_model_with_a_dense_module_is_refused(bert, ends_with_one_line):
     (bert / "modules.json").write_text(
         json.dumps([{"type": "x.Transformer", "path": ""}, {"type": "x.Dense", "path": "2_Dense"}])
