@@ -181,7 +181,8 @@ def check_task(name, rows):
         fail(f"{name}: every row of test has the same {target}, so there is nothing to measure")
     if task["kind"] == "F1":
         task["train"] = rows("train")
-        check_rows(name, "train", task["train"])
+        if check_rows(name, "train", task["train"]) != columns:
+            fail(f"{name}: train needs the columns of test, {','.join(columns)}")
         learnt = {row["label"] for row in task["train"]}
         if len(learnt) < 2:
             fail(f"{name}: every row of train has the same label, so there is nothing to learn")
@@ -255,9 +256,7 @@ def load_model(name, args):
 def evaluate(name, tasks, in_domain, args):
     """{task: score in percent, ..., "avg_in", "avg_out", "avg"} of one model; a mean over no task is None."""
     embed = load_model(name, args)
-    known = {}  # each distinct sentence is embedded once
-
-    scores = {}
+    known, scores = {}, {}  # each distinct sentence is embedded once
     for task_name, task in tasks.items():
         texts = [
             row[c]
