@@ -15,6 +15,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -67,9 +68,8 @@ def pick_device(name):
 
 def random_state(device):
     """The states of the random generators that a computation on the device draws from: (the CPU's, the device's or None)."""
-    return torch.get_rng_state(), None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(
-        device
-    )
+    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    return torch.get_rng_state(), own
 
 
 def set_random_state(device, state):
@@ -94,14 +94,13 @@ def memory_mb(device):
 
 @contextmanager
 def writing(path):
-    """Errors of writing to `path` end the program with one line."""
+    """Errors of writing to `path` end the program with one line; any other error stays what it is."""
     try:
         yield
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch and safetensors report a full disk in their own ways
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch reports a full disk, or a folder that is not there, as a RuntimeError of its file writer
+        if isinstance(error, RuntimeError) and not re.search("writ|inline_container|Parent directory", str(error)):
+            raise
         fail(f"cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}")
 
 
@@ -462,12 +461,10 @@ def load(path):
     try:
         return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        why = (
-            "it holds more than tensors and plain values"
-            if isinstance(error, pickle.UnpicklingError)
-            else "torn, or not a .pt file"
-        )
-        fail(f"cannot read {path}: {error.strerror if isinstance(error, OSError) and error.strerror else why}")
+        why = getattr(error, "strerror", None) or "torn, or not a .pt file"
+        if isinstance(error, pickle.UnpicklingError):
+            why = "it holds more than tensors and plain values"
+        fail(f"cannot read {path}: {why}")
 
 
 def load_cache(path):

@@ -424,7 +424,7 @@ def main(argv=None):
     s.device = str(pick_device(s.device))
     resumed = find_checkpoint(s)
     cache = load_cache(s.teacher) if s.lambda2 or s.teacher.endswith(".pt") else load_sentences(s.teacher)
-    torch.manual_seed(s.seed % 2**63)
+    torch.manual_seed(s.seed % 2**63)  # torch takes no larger one; check() refuses it below, in one line
     if s.student == "tiny":
         student, tokenizer, s.pooling = tiny.tiny_student(cache["sentences"], s.seed % 2**63, s.pooling)
     else:

@@ -322,6 +322,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, corpus, monkeypatc
     assert not list(tmp_path.glob("t.pt*"))
 
 
+@pytest.mark.parametrize("message, code", [("PytorchStreamWriter failed writing file data/0", 2), ("a bug", None)])
+def test_a_full_disk_as_torch_reports_it_is_one_line_and_a_bug_stays_a_bug(tmp_path, message, code, capsys):
+    with pytest.raises(SystemExit if code else RuntimeError) as stopped:
+        with cache_teacher.writing(tmp_path):
+            raise RuntimeError(message)
+    assert not code or (stopped.value.code == code and "failed writing" in capsys.readouterr().err)
+
+
 def test_long_sentences_are_cut_and_counted(tmp_path, bert, capsys):
     (tmp_path / "c.txt").write_text("The cook.\n" + "The cook sees the door. " * 40 + "\nThe nurse paints.\n")
     run("--teacher", bert, "--corpus", tmp_path / "c.txt", "--output", tmp_path / "t.pt", "--max_length", 300)
