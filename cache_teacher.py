@@ -19,8 +19,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +79,12 @@ def set_random_state(device, state):
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.get_device_module(device).set_rng_state(state[1], device)
+
+
+def mixed_precision(device, wanted=True):
+    """bfloat16 for matrix products on a GPU that has it, if wanted; else a context that changes nothing."""
+    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and has_it)
 
 
 def memory_mb(device):
@@ -183,7 +191,11 @@ def clean(sentences):
 
 def fingerprint(sentences):
     """A hash of the sentences and their order."""
-    return hashlib.sha256(json.dumps(sentences).encode()).hexdigest()
+    digest = hashlib.sha256(b"[")
+    for i, sentence in enumerate(sentences):  # piece by piece what json.dumps(sentences) would be, which is large
+        digest.update((", " * (i > 0) + json.dumps(sentence)).encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------ encoders, for all scripts
@@ -302,25 +314,39 @@ def load_encoder(name, pooling="auto", dtype=torch.float32):
 
 
 def tokenize(tokenizer, sentences, max_length):
-    """Token ids of n sentences, cut to max_length and to what the model takes: n int32 arrays. Prints how many were cut."""
-    limit, ids, cut = min(max_length, tokenizer.model_max_length), [], 0
+    """Token ids of n sentences, cut to max_length and to what the model takes: (ids, starts). Prints how many were cut.
+
+    ids: all of them end to end, int32, in a temporary file, so that a large corpus needs no memory; starts: (n + 1,), where
+    each sentence begins, and the end.
+    """
+    limit, lengths, cut = min(max_length, tokenizer.model_max_length), [], 0
     if limit < 3:
         fail(f"--max_length {limit} leaves no token of a sentence beside the first and the last; take 3 or more")
-    for i in range(0, len(sentences), 10_000):  # in slices: the tokenizer's own output is far larger than the ids
-        rows = tokenizer(sentences[i : i + 10_000], truncation=True, max_length=limit, return_attention_mask=False)
-        ids += [np.array(row, dtype=np.int32) for row in rows["input_ids"]]
-        cut += sum(bool(encoding.overflowing) for encoding in rows.encodings or [])
+    with tempfile.TemporaryFile() as file:
+        for i in range(0, len(sentences), 10_000):  # in slices: the tokenizer's own output is far larger than the ids
+            rows = tokenizer(sentences[i : i + 10_000], truncation=True, max_length=limit, return_attention_mask=False)
+            lengths += map(len, rows["input_ids"])
+            file.write(np.fromiter(chain.from_iterable(rows["input_ids"]), dtype=np.int32).tobytes())
+            cut += sum(bool(encoding.overflowing) for encoding in rows.encodings or [])
+        file.flush()
+        ids = np.memmap(file, dtype=np.int32, mode="c")  # it stays readable after the file's name is gone
     if cut:
-        print(f"{cut} of {len(ids)} sentences are longer than {limit} tokens: truncated")
-    return ids
+        print(f"{cut} of {len(sentences)} sentences are longer than {limit} tokens: truncated")
+    return ids, np.concatenate([[0], np.cumsum(lengths)])
 
 
-def pad(ids, pad_id, device):
-    """One batch for the model: N arrays of ids -> input_ids and attention_mask, (N, T), T the longest of the batch."""
-    lengths = torch.tensor([len(row) for row in ids])
-    input_ids = pad_sequence([torch.from_numpy(row) for row in ids], batch_first=True, padding_value=pad_id).long()
-    mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-    return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
+def pad(tokens, batch, pad_id, device):
+    """One batch for the model: what tokenize gave, N positions -> input_ids and attention_mask, (N, T), T the longest's."""
+    ids, starts = tokens
+    rows = [torch.from_numpy(ids[starts[i] : starts[i + 1]]) for i in batch]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id).long()
+    mask = (torch.arange(input_ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]).long()
+    return {"input_ids": to_device(input_ids, device), "attention_mask": to_device(mask, device)}
+
+
+def to_device(tensor, device):
+    """A copy there, for which the host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @torch.inference_mode()
@@ -330,19 +356,19 @@ def encode(model, tokenizer, sentences, pooling, max_length, batch_size, label=N
     Batches hold sentences of similar length, the longest first, so that padding is rare and too large a batch fails at once.
     """
     model.eval()
-    ids = tokenize(tokenizer, sentences, max_length)
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    embeddings = torch.empty(len(ids), model.config.hidden_size)
-    with tqdm(total=len(ids), desc=label, unit="sent", disable=None, dynamic_ncols=True) as bar:
+    tokens = tokenize(tokenizer, sentences, max_length)
+    order = np.argsort(-np.diff(tokens[1]), kind="stable")
+    embeddings = torch.empty(len(order), model.config.hidden_size)
+    with tqdm(total=len(order), desc=label, unit="sent", disable=None, dynamic_ncols=True) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            tokens = pad([ids[i] for i in batch], tokenizer.pad_token_id, model.device)
+            inputs = pad(tokens, batch, tokenizer.pad_token_id, model.device)
             try:
-                hidden = model(**tokens).last_hidden_state  # (N, T, d)
+                hidden = model(**inputs).last_hidden_state  # (N, T, d)
             except torch.OutOfMemoryError:
                 bar.close()
                 fail(f"{model.device} is out of memory; try a smaller --batch_size or --max_length, or another --dtype")
-            embeddings[batch] = pool(hidden, tokens["attention_mask"], pooling).float().cpu()
+            embeddings[batch] = pool(hidden, inputs["attention_mask"], pooling).float().cpu()
             bar.update(len(batch))
     return embeddings
 

@@ -24,8 +24,8 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from cache_teacher import code_commit, declare_pooling, fail, identity, load, load_cache, load_encoder, load_sentences
-from cache_teacher import memory_mb, move_files, pad, pick_device, pool, quiet, random_state, save, set_random_state
-from cache_teacher import tokenize, writing
+from cache_teacher import memory_mb, mixed_precision, move_files, pad, pick_device, pool, quiet, random_state, save, set_random_state
+from cache_teacher import to_device, tokenize, writing
 from demo import tiny
 
 # ------------------------------------------------------------------------------------------------------- settings
@@ -101,21 +101,31 @@ def simcse_loss(z, z_prime, temperature, reduction="mean"):
     return F.cross_entropy(similarities, torch.arange(len(z), device=z.device), reduction=reduction)
 
 
-def total_loss(student, projections, tokens, teacher, s, reduction="mean"):
+def embed(student, chunks, pooling, views=1):
+    """Sentence embeddings after each layer, Section 3: L tensors e_l (N, views, d_S), each view under its own dropout masks.
+
+    chunks: a batch of N sentences in pieces of like length, each a dict of input_ids and attention_mask, (n, T).
+    """
+    pieces = []
+    for tokens in chunks:
+        tokens = {name: t.repeat_interleave(views, dim=0) for name, t in tokens.items()}  # all views in one pass
+        with mixed_precision(student.device, student.training):
+            hidden = student(**tokens, output_hidden_states=True).hidden_states[1:]  # L of (n * views, T, d_S); [0] is no layer
+        pieces.append([pool(h.to(student.dtype), tokens["attention_mask"], pooling) for h in hidden])
+    return [torch.cat(layer).unflatten(0, (-1, views)) for layer in zip(*pieces)]
+
+
+def total_loss(student, projections, chunks, teacher, s, reduction="mean"):
     """The training objective, Eq. 7, on one batch: (loss, [simcse, tamd, lasd]); a term of weight 0 is not computed.
 
-    tokens: input_ids and attention_mask, (N, T); teacher: (N, d_T), the cached targets; s: Settings. With
+    chunks: the batch's N sentences, as embed() takes them; teacher: (N, d_T), the cached targets; s: Settings. With
     reduction="none" the loss is each sentence's own, (N,), of which LASD, a property of the whole batch, is a shared part.
     """
-    N = len(tokens["input_ids"])
-    if s.lambda1:  # both views in one forward pass: dropout draws a mask for each of the 2N rows
-        tokens = {name: torch.cat([t, t]) for name, t in tokens.items()}  # (2N, T)
-    hidden = student(**tokens, output_hidden_states=True).hidden_states[1:]  # L of (N or 2N, T, d_S); [0] is no layer
-    view = [pool(h[:N], tokens["attention_mask"][:N], s.pooling) for h in hidden]  # L of (N, d_S): the first view
+    layers = embed(student, chunks, s.pooling, views=2 if s.lambda1 else 1)
+    view = [E[:, 0] for E in layers]  # L of (N, d_S): the first view
     simcse = tamd = lasd = view[-1].new_zeros(())
     if s.lambda1:
-        second_view = pool(hidden[-1][N:], tokens["attention_mask"][N:], s.pooling)  # (N, d_S)
-        simcse = simcse_loss(view[-1], second_view, s.temperature, reduction)
+        simcse = simcse_loss(view[-1], layers[-1][:, 1], s.temperature, reduction)
     if s.lambda2:
         tamd = tamd_loss(view[-s.anchored_layers :], projections, teacher, reduction)
     if s.lambda3:
@@ -149,7 +159,7 @@ class ASAM:
 
     def __init__(self, optimizer, rho, eta=0.0, adaptive=True):
         self.optimizer, self.rho, self.eta, self.adaptive = optimizer, rho, eta, adaptive
-        self.moved, self.w = [], []  # the parameters that stand at w̃, and their values at w
+        self.moved, self.w = [], {}  # the parameters that stand at w̃, and the copies of w, kept from step to step
 
     @torch.no_grad()
     def ascent_step(self):
@@ -157,35 +167,36 @@ class ASAM:
         self.moved = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not self.moved:
             return
-        epsilon = [p.grad for p in self.moved]  # the gradient's own memory becomes ε̂: the copy of w is all that ASAM adds
+        self.w |= {p: torch.empty_like(p) for p in self.moved if p not in self.w}
+        torch._foreach_copy_([self.w[p] for p in self.moved], self.moved)
+        g = [p.grad for p in self.moved]  # worked on in place: the copy of w is all the memory that ASAM adds
         if self.adaptive:
             T = torch._foreach_abs(self.moved)
-            torch._foreach_add_(T, self.eta)
-            torch._foreach_mul_(epsilon, T)  # T_w ∇L
-        norm = torch.stack(torch._foreach_norm(epsilon)).norm()  # over all parameters together
-        scale = torch.where(norm > 0, self.rho / norm, norm)  # a zero gradient gives no step, not 0 / 0
+            if self.eta:
+                torch._foreach_add_(T, self.eta)
+            torch._foreach_mul_(g, T)  # T_w ∇L
+        norm = torch.stack(torch._foreach_norm(g)).norm()  # over all parameters together
+        torch._foreach_mul_(g, torch.where(norm > 0, self.rho / norm, norm))  # a zero gradient gives no step, not 0 / 0
         if self.adaptive:
-            torch._foreach_mul_(epsilon, T)  # T_w² ∇L
-            del T
-        torch._foreach_mul_(epsilon, scale)
-        self.w = [p.clone() for p in self.moved]
-        torch._foreach_add_(self.moved, epsilon)
+            torch._foreach_addcmul_(self.moved, T, g)  # w + T_w (ρ T_w ∇L / ‖T_w ∇L‖)
+        else:
+            torch._foreach_add_(self.moved, g)
         self.optimizer.zero_grad()
 
     @torch.no_grad()
     def descent_step(self):
         """Put w back exactly, from its copy, then step the optimizer with the gradients found at w̃ and clear them."""
         if self.moved:
-            torch._foreach_copy_(self.moved, self.w)
-        self.moved, self.w = [], []
+            torch._foreach_copy_(self.moved, [self.w[p] for p in self.moved])
+        self.moved = []
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
 # ----------------------------------------------------------------------------------------------------- Algorithm 1
-def training_step(student, projections, optimizer, tokens, teacher, domains, s):
+def training_step(student, projections, optimizer, chunks, teacher, domains, s):
     """One step of Algorithm 1 on a batch: w moves. Returns the three terms, L(w), and L(w̃) - L(w), (5,), without gradient."""
-    objective = lambda reduction="mean": total_loss(student, projections, tokens, teacher, s, reduction)
+    objective = lambda reduction="mean": total_loss(student, projections, chunks, teacher, s, reduction)
     random = random_state(student.device)
     loss, terms = objective("none" if s.optimizer == "disam" else "mean")
     if s.optimizer == "adamw":  # no ascent step: w̃ = w
@@ -214,15 +225,17 @@ def set_up(s, student, targets, steps):
 
 def train(s, cache, student, tokenizer, resumed=None):
     """Algorithm 1. Trains the student in place, from a checkpoint if one is given. Returns (projections, cost, a dict)."""
-    sentences, targets = tokenize(tokenizer, cache["sentences"], s.max_length), cache["embeddings"]
-    domains = torch.from_numpy(np.unique(cache["sources"], return_inverse=True)[1])
+    tokens, targets = tokenize(tokenizer, cache.pop("sentences"), s.max_length), cache["embeddings"]
+    domains, lengths = torch.from_numpy(np.unique(cache["sources"], return_inverse=True)[1]), np.diff(tokens[1])
+    chunk = 8 if student.device.type == "cpu" else s.batch_size  # a CPU gains by less padding, an accelerator by size
 
-    def fetch(batch):  # positions (N,) -> tokens (N, T), cached targets E^T (N, d_T), domains (N,)
-        tokens = pad([sentences[i] for i in batch], tokenizer.pad_token_id, student.device)
-        teacher = targets[batch].to(student.device, torch.float32) if s.lambda2 else None
-        return tokens, teacher, domains[batch]
+    def fetch(batch):  # positions (N,) -> chunks of tokens (n, T), cached targets E^T (N, d_T), domains (N,)
+        batch = batch[np.argsort(lengths[batch], kind="stable")]  # no term of the loss sees the order in a batch
+        chunks = [pad(tokens, part.tolist(), tokenizer.pad_token_id, student.device) for part in batch.split(chunk)]
+        teacher = to_device(targets[batch].float(), student.device) if s.lambda2 else None
+        return chunks, teacher, domains[batch]
 
-    steps_per_epoch = len(sentences) // s.batch_size
+    steps_per_epoch = len(lengths) // s.batch_size
     projections, optimizer, scheduler = set_up(s, student, targets, s.epochs * steps_per_epoch)
     state = Checkpoint(s, identity(cache), student, projections, optimizer.optimizer, scheduler)
     first_epoch, position = state.load(resumed) if resumed else state.save(0, 0)
@@ -230,12 +243,12 @@ def train(s, cache, student, tokenizer, resumed=None):
     for epoch in range(first_epoch, s.epochs):
         student.train()
         meter.start()
-        order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(s.seed + epoch))
+        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(s.seed + epoch))
         for batch in order.split(s.batch_size)[:steps_per_epoch]:  # sample a mini-batch B; an incomplete one is left out
             values = training_step(student, projections, optimizer, *fetch(batch), s)
             meter.step(values, epoch + 1, scheduler.get_last_lr()[0])
             scheduler.step()
-        fixed = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(0)).split(s.batch_size)
+        fixed = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).split(s.batch_size)
         lambda_max = measure_sharpness(student, projections, map(fetch, fixed[:SHARPNESS_BATCHES]), s) if s.sharpness else None
         meter.file.write(json.dumps({"end_of_epoch": epoch + 1, "step": meter.count, "lambda_max": lambda_max}) + "\n")
         state.save(epoch + 1, meter.file.tell())

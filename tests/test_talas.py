@@ -158,7 +158,7 @@ def batch(bert):
 def test_eq7_total_loss_is_the_weighted_sum_over_transformer_layers(batch):
     student, projections, tokens, teacher = batch
     s = Settings(lambda1=0.3, lambda2=0.5, lambda3=0.7, pooling="mean")
-    loss, (simcse, tamd, lasd) = talas.total_loss(student, projections, tokens, teacher, s)
+    loss, (simcse, tamd, lasd) = talas.total_loss(student, projections, [tokens], teacher, s)
     hidden = student(**tokens, output_hidden_states=True).hidden_states
     layers = [pool(h, tokens["attention_mask"], "mean") for h in hidden]
     assert len(layers) == 4  # the embedding layer and three Transformer layers
@@ -178,7 +178,7 @@ def test_eq7_a_weight_of_zero_skips_the_term(batch, weights):
         lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     s = Settings(lambda1=weights[0], lambda2=weights[1], lambda3=weights[2], pooling="cls")
-    _, terms = talas.total_loss(student, projections, tokens, teacher, s)
+    _, terms = talas.total_loss(student, projections, [tokens], teacher, s)
     assert [bool(term != 0) for term in terms] == [bool(w) for w in weights]
     assert seen == [8 if weights[0] else 4]  # a second view only where SimCSE needs it
 
@@ -189,7 +189,7 @@ def test_eq6_the_two_views_are_of_the_same_sentences_with_dropout_masks_of_their
     monkeypatch.setattr(talas, "simcse_loss", lambda z, z_prime, *rest: views.append((z, z_prime)) or z.sum())
     for mode in (student.train, student.eval):
         mode()
-        talas.total_loss(student, projections, tokens, teacher, Settings(lambda1=1, pooling="cls"))
+        talas.total_loss(student, projections, [tokens], teacher, Settings(lambda1=1, pooling="cls"))
     (z, z_prime), (same, also) = views
     assert (z != z_prime).any(dim=1).all()  # every sentence has two masks
     torch.testing.assert_close(same, also)
@@ -290,7 +290,7 @@ def test_algorithm1_with_rho_0_is_adamw_bit_for_bit(tmp_path, bert, sentences):
         student, tokenizer = AutoModel.from_pretrained(bert), AutoTokenizer.from_pretrained(bert)
         torch.manual_seed(1)
         s = Settings(optimizer=optimizer, rho=0.0, lr=1e-2, epochs=2, batch_size=8, pooling="cls", output=str(tmp_path))
-        talas.train(s, cache, student, tokenizer)
+        talas.train(s, dict(cache), student, tokenizer)
         final.append(student.state_dict())
     assert not torch.equal(
         final[0]["encoder.layer.0.output.dense.weight"],
@@ -304,7 +304,7 @@ def test_algorithm1_both_passes_draw_the_same_dropout_masks(batch):
     student.train()
     s = Settings(optimizer="asam", rho=0.0, lambda1=1.0, pooling="cls")
     asam = ASAM(torch.optim.SGD(student.parameters(), lr=0.0), rho=0.0)
-    gap = talas.training_step(student, projections, asam, tokens, teacher, None, s)[-1]
+    gap = talas.training_step(student, projections, asam, [tokens], teacher, None, s)[-1]
     assert gap.item() == 0.0  # at ρ = 0 the two passes are one function at one point
 
 
@@ -333,8 +333,8 @@ def test_eq10_disam_climbs_less_where_a_domain_is_worse_than_the_rest():
 def test_eq10_each_sentence_has_its_own_loss(batch):
     student, projections, tokens, teacher = batch
     s = Settings(lambda1=0.3, pooling="mean")
-    losses, terms = talas.total_loss(student, projections, tokens, teacher, s, reduction="none")
-    loss, same = talas.total_loss(student, projections, tokens, teacher, s)
+    losses, terms = talas.total_loss(student, projections, [tokens], teacher, s, reduction="none")
+    loss, same = talas.total_loss(student, projections, [tokens], teacher, s)
     assert losses.shape == (4,)
     torch.testing.assert_close(losses.mean(), loss)
     torch.testing.assert_close(terms, same)
@@ -364,7 +364,7 @@ def test_appendix_b_one_step_of_sam_and_disam(bert, optimizer, domains):
     )
     s = Settings(optimizer=optimizer, lambda1=0.3, pooling="cls", disam_lambda=5.0)
     student = AutoModel.from_pretrained(bert).eval()
-    objective = lambda **how: talas.total_loss(student, projections, tokens, teacher, s, **how)[0]
+    objective = lambda **how: talas.total_loss(student, projections, [tokens], teacher, s, **how)[0]
     parameters = [p for name, p in student.named_parameters() if "pooler" not in name]
 
     losses = objective(reduction="none")
@@ -383,7 +383,7 @@ def test_appendix_b_one_step_of_sam_and_disam(bert, optimizer, domains):
     expected = [w - 0.1 * g for w, g in zip(saved, descent)]
 
     asam = ASAM(torch.optim.SGD([*parameters, *projections], lr=0.1), 0.05, adaptive=False)
-    talas.training_step(student, projections, asam, tokens, teacher, domains, s)
+    talas.training_step(student, projections, asam, [tokens], teacher, domains, s)
     for p, w in zip(parameters + projections, expected):
         torch.testing.assert_close(p.detach(), w, atol=2e-6, rtol=1e-4)
 
@@ -407,9 +407,9 @@ def test_table4_measured_on_a_student_against_the_exact_hessian_and_finite_diffe
     assert student.config._attn_implementation == "sdpa"  # which has no second derivative
     s = Settings(lambda1=0.3, pooling="cls")
     before = torch.get_rng_state()
-    found = talas.measure_sharpness(student, projections, [(tokens, teacher, None)], s)
+    found = talas.measure_sharpness(student, projections, [([tokens], teacher, None)], s)
     assert torch.equal(torch.get_rng_state(), before) and student.config._attn_implementation == "sdpa"
-    assert found == talas.measure_sharpness(student, projections, [(tokens, teacher, None)], s)
+    assert found == talas.measure_sharpness(student, projections, [([tokens], teacher, None)], s)
 
     # the exact largest eigenvalue over one bias of 32 values
     student.double().set_attn_implementation("eager")
@@ -419,11 +419,12 @@ def test_table4_measured_on_a_student_against_the_exact_hessian_and_finite_diffe
     def loss_at(w):
         swapped = dict(student.named_parameters()) | {"encoder.layer.2.output.dense.bias": w}
         call = lambda **kw: torch.func.functional_call(student, swapped, kwargs=kw)
-        return talas.total_loss(call, parameters, tokens, teacher.double(), s)[0]
+        call.device, call.dtype, call.training = student.device, student.dtype, False
+        return talas.total_loss(call, parameters, [tokens], teacher.double(), s)[0]
 
     H = torch.autograd.functional.hessian(loss_at, bias.detach())
     exact = torch.linalg.eigvalsh(H).max().item()
-    loss = lambda: talas.total_loss(student, parameters, tokens, teacher.double(), s)[0]
+    loss = lambda: talas.total_loss(student, parameters, [tokens], teacher.double(), s)[0]
     assert talas.largest_hessian_eigenvalue(loss, [bias], iterations=300) == pytest.approx(exact, rel=1e-3)
     v, h = rows(32, seed=5), 1e-5
     slope = lambda w: torch.autograd.functional.jacobian(loss_at, w)
@@ -757,7 +758,7 @@ def test_tables_7_and_8_the_top_layers_are_taken(batch, anchored, chained):
     student, _, tokens, teacher = batch
     projections = [torch.randn(32, 6) for _ in range(anchored)]
     s = Settings(anchored_layers=anchored, lasd_layers=chained, pooling="cls")
-    _, (_, tamd, lasd) = talas.total_loss(student, projections, tokens, teacher, s)
+    _, (_, tamd, lasd) = talas.total_loss(student, projections, [tokens], teacher, s)
     layers = [h[:, 0] for h in student(**tokens, output_hidden_states=True).hidden_states[1:]]
     torch.testing.assert_close(tamd, talas.tamd_loss(layers[3 - anchored :], projections, teacher))
     torch.testing.assert_close(lasd, talas.lasd_loss(layers[3 - chained :]))
