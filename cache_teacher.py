@@ -2,6 +2,7 @@
 
     python cache_teacher.py                                                      # the demo corpus, the lsa teacher
     python cache_teacher.py --teacher BAAI/bge-m3 --corpus paper --output bge-m3.pt
+    torchrun --nproc_per_node=4 cache_teacher.py --teacher Qwen/Qwen3-Embedding-4B --corpus paper ...     # 4 GPUs
 
 Writes a dict, read back with torch.load(path, weights_only=True, mmap=True): sentences (n str, unique), sources (n str,
 the domain of each), embeddings (n, d_T), teacher, pooling, max_length, fingerprint (of the sentences), version.
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 
@@ -55,6 +57,38 @@ def quiet():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
+
+
+def rank():
+    """Which of the processes that torchrun started this is, from 0; 0 without torchrun. The first one reads out and writes."""
+    return int(os.environ.get("RANK", 0))
+
+
+def processes():
+    """How many processes torchrun started, one a device; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes():
+    """Connect the processes that torchrun started, and let the first one alone speak."""
+    if processes() > 1:
+        if torch.accelerator.is_available():
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group(timeout=timedelta(days=1))
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def wait_for_processes():
+    """Go on when every process has come this far."""
+    if processes() > 1:
+        torch.distributed.barrier()
+
+
+def progress(total, unit, label=None, initial=0):
+    """A progress bar with the time left; where no one watches, a line every half minute."""
+    pace = {"delay": 0, "mininterval": 0.1} if sys.stderr.isatty() else {"delay": 30, "mininterval": 30, "ncols": 100}
+    return tqdm(total=total, unit=unit, desc=label, initial=initial, disable=rank() > 0, dynamic_ncols=True, **pace)
 
 
 def pick_device(name):
@@ -349,28 +383,58 @@ def to_device(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-@torch.inference_mode()
-def encode(model, tokenizer, sentences, pooling, max_length, batch_size, label=None):
+def encode(model, tokenizer, sentences, pooling, max_length, batch_size, label=None, part=None):
     """Pooled last-layer embeddings of n sentences, not normalised: a float32 tensor (n, d) on the CPU.
 
     Batches hold sentences of similar length, the longest first, so that padding is rare and too large a batch fails at once.
+    With `part`, a path, the embeddings are kept in files that begin with it while they are made: a second call goes on where
+    an interrupted one stopped, and the processes of torchrun share the batches out; the first one gets the result.
     """
-    model.eval()
     tokens = tokenize(tokenizer, sentences, max_length)
     order = np.argsort(-np.diff(tokens[1]), kind="stable")
-    embeddings = torch.empty(len(order), model.config.hidden_size)
-    with tqdm(total=len(order), desc=label, unit="sent", disable=None, dynamic_ncols=True) as bar:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            inputs = pad(tokens, batch, tokenizer.pad_token_id, model.device)
-            try:
-                hidden = model(**inputs).last_hidden_state  # (N, T, d)
-            except torch.OutOfMemoryError:
-                bar.close()
-                fail(f"{model.device} is out of memory; try a smaller --batch_size or --max_length, or another --dtype")
-            embeddings[batch] = pool(hidden, inputs["attention_mask"], pooling).float().cpu()
-            bar.update(len(batch))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    embed = lambda batches, bar: embed_batches(model.eval(), tokens, batches, tokenizer.pad_token_id, pooling, bar)
+    embeddings = torch.empty(len(sentences), model.config.hidden_size)
+    if part is None:
+        with progress(len(sentences), "sent", label) as bar:
+            for batch, rows in zip(batches, embed(batches, bar)):
+                embeddings[batch] = rows
+        return embeddings
+    paths = [Path(f"{part}.{i}-of-{processes()}") for i in range(processes())]
+    fill_part(paths[rank()], batches[rank() :: processes()], embed, model.config.hidden_size, label)
+    wait_for_processes()
+    for i, path in enumerate(paths if rank() == 0 else []):
+        rows = torch.from_numpy(np.fromfile(path, dtype=np.float32)).view(-1, model.config.hidden_size)
+        embeddings[np.concatenate([order[:0], *batches[i :: processes()]])] = rows
     return embeddings
+
+
+@torch.inference_mode()
+def embed_batches(model, tokens, batches, pad_id, pooling, bar):
+    """Yields the embeddings (N, d) of one batch of positions after another, float32 on the CPU."""
+    for batch in batches:
+        inputs = pad(tokens, batch, pad_id, model.device)
+        try:
+            hidden = model(**inputs).last_hidden_state  # (N, T, d)
+        except torch.OutOfMemoryError:
+            bar.close()
+            fail(f"{model.device} is out of memory; try a smaller --batch_size or --max_length, or another --dtype")
+        yield pool(hidden, inputs["attention_mask"], pooling).float().cpu()
+        bar.update(len(batch))
+
+
+def fill_part(path, batches, embed, d, label):
+    """Write the batches' embeddings (rows of d float32) to a file, end to end, after the whole batches that it has already."""
+    with writing(path), open(path, "ab") as file:
+        rows, ends = file.tell() // (4 * d), np.cumsum([0, *map(len, batches)])
+        done = int(np.searchsorted(ends, rows, side="right")) - 1
+        file.truncate(ends[done] * 4 * d)
+        if done:
+            print(f"going on from an interrupted run: {ends[done]} of {ends[-1]} sentences are embedded")
+        with progress(int(ends[-1]), "sent", label, initial=int(ends[done])) as bar:
+            for rows in embed(batches[done:], bar):
+                file.write(rows.numpy().tobytes())
+                file.flush()
 
 
 def fit_lsa(sentences):
@@ -409,22 +473,27 @@ def read_array(path, rows):
 
 
 def load_teacher(args, texts, rows, kept):
-    """(embed, pooling) of the teacher asked for: embed(positions in texts) -> (len(positions), d_T).
+    """(embed, pooling) of the teacher asked for: embed(positions in texts, resumable=False) -> (len(positions), d_T).
 
     `rows` is the length of the corpus as it stands, `kept` the position there of each text: an array follows that order.
     """
     if args.teacher == "lsa":
         lsa = fit_lsa(texts)
-        return lambda positions: torch.from_numpy(lsa.transform([texts[i] for i in positions])), "none"
+        return lambda positions, **_: torch.from_numpy(lsa.transform([texts[i] for i in positions])), "none"
     if args.teacher.endswith((".npy", ".pt")):
         array = read_array(args.teacher, rows)
-        return lambda positions: array[[kept[i] for i in positions]], "none"
+        return lambda positions, **_: array[[kept[i] for i in positions]], "none"
     model, tokenizer, pooling = load_encoder(args.teacher, args.pooling, DTYPES[args.dtype])
     model.to(pick_device(args.device))
-    name = Path(args.teacher).name
-    return lambda i: encode(
-        model, tokenizer, [texts[j] for j in i], pooling, args.max_length, args.batch_size, name
-    ), pooling
+    weights = [p.detach().flatten()[:8].tolist() for p in model.parameters()]  # tells one model of that name from another
+    key = fingerprint([*texts, args.teacher, pooling, args.max_length, args.batch_size, args.dtype, weights])[:16]
+
+    def embed(positions, resumable=False):
+        part = f"{args.output}.part-{key}" if resumable else None
+        of_these, name = [texts[i] for i in positions], Path(args.teacher).name
+        return encode(model, tokenizer, of_these, pooling, args.max_length, args.batch_size, name, part)
+
+    return embed, pooling
 
 
 def make_cache(args, texts, sources, pooling, embeddings):
@@ -449,6 +518,13 @@ def make_cache(args, texts, sources, pooling, embeddings):
         "version": VERSION,
     }
     return cache | {"fingerprint": fingerprint(cache["sentences"])}
+
+
+def remove_parts(output):
+    """Remove what interrupted runs have left of this cache."""
+    for path in Path(output).absolute().parent.iterdir():
+        if path.name.startswith(f"{Path(output).name}.part-"):
+            path.unlink()
 
 
 def holds(old, new):
@@ -587,6 +663,7 @@ def parse_args(argv):
 def main(argv=None):
     """The command line: read the corpus, run the teacher, write the cache."""
     quiet()
+    join_processes()
     args = parse_args(argv)
     sentences, sources = read_corpus(args.corpus, args.seed)
     kept = clean(sentences)
@@ -603,10 +680,16 @@ def main(argv=None):
             )
         return print(f"{args.output} holds this already; kept as it is")
     start = time.perf_counter()
-    embeddings = embed(range(len(texts)))
+    try:
+        embeddings = embed(range(len(texts)), resumable=True)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from where it stopped")
+    if rank() > 0:
+        return
     rate = len(texts) / (time.perf_counter() - start)
     cache = make_cache(args, texts, sources, pooling, embeddings)
     save(args.output, cache)
+    remove_parts(args.output)
     print(
         f"{args.output}: {len(cache['sentences'])} embeddings of {embeddings.shape[1]} dimensions, {args.teacher}, {rate:.0f} sentences/s"
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -68,3 +69,33 @@ def ends_with_one_line(capsys):
             assert word in error, error
 
     return check
+
+
+def start_process(action, **environment):
+    """Begin an action in a process of its own, one thread (a fork has no others); returns its number."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.environ |= environment
+            torch.set_num_threads(1)
+            action()
+            os._exit(0)
+        except SystemExit as stopped:
+            os._exit(stopped.code)
+        finally:
+            os._exit(99)
+    return pid
+
+
+def in_a_process(action):
+    """Run an action in a process of its own and return how it ended: its exit code, or minus a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(start_process(action), 0)[1])
+
+
+def in_two_processes(action):
+    """Run an action in two processes that know each other as torchrun's do, and return how each of them ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    started = [start_process(action, RANK=rank, LOCAL_RANK=rank, **where) for rank in ("0", "1")]
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]

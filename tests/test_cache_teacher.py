@@ -1,11 +1,12 @@
 """cache_teacher.py: corpora, the three kinds of teacher, and the cache file."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
-from conftest import SENTENCES, small_bert
+from conftest import SENTENCES, in_a_process, in_two_processes, small_bert
 from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model
 
 import cache_teacher
@@ -247,6 +248,68 @@ def test_the_cache_is_written_whole_or_not_at_all(tmp_path, corpus, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run("--corpus", corpus, "--output", tmp_path / "t.pt", "--overwrite")
     assert (tmp_path / "t.pt").read_bytes() == good
+
+
+def the_same(*paths):
+    """Whether two caches hold the same, the embeddings bit for bit."""
+    a, b = map(read, paths)
+    return torch.equal(a.pop("embeddings"), b.pop("embeddings")) and a == b
+
+
+def killed_at_batch(number):
+    batches, pad = [], cache_teacher.pad
+    cache_teacher.pad = lambda *args: batches.append(0) or (
+        os.kill(os.getpid(), 9) if len(batches) == number else pad(*args)
+    )
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, corpus, bert, monkeypatch):
+    flags = ["--teacher", bert, "--corpus", corpus, "--batch_size", 5, "--output"]
+    assert in_a_process(lambda: run(*flags, tmp_path / "whole.pt")) == 0
+    assert in_a_process(lambda: (killed_at_batch(8), run(*flags, tmp_path / "t.pt"))) == -9
+    (part,) = tmp_path.glob("t.pt.part-*")
+    part.write_bytes(part.read_bytes()[:-7])  # the end of the seventh batch is torn
+    lengths, pad = [], cache_teacher.pad
+    monkeypatch.setattr(cache_teacher, "pad", lambda *args: lengths.append(len(args[1])) or pad(*args))
+    run(*flags, tmp_path / "t.pt")
+    assert lengths == [5, 5, 5, 3]  # the first six batches of 48 sentences were there
+    assert the_same(tmp_path / "t.pt", tmp_path / "whole.pt")
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_half_a_cache_of_another_teacher_is_not_gone_on_with(tmp_path, corpus):
+    flags = ["--teacher", small_bert(tmp_path / "bert", seed=0), "--corpus", corpus, "--output", tmp_path / "t.pt"]
+    assert in_a_process(lambda: (killed_at_batch(2), run(*flags))) == -9
+    small_bert(tmp_path / "bert", seed=1)
+    run(*flags)
+    assert load_cache(tmp_path / "t.pt")["embeddings"].shape == (48, 32)
+    model, tokenizer, pooling = load_encoder(str(tmp_path / "bert"))
+    torch.testing.assert_close(
+        read(tmp_path / "t.pt")["embeddings"], encode(model, tokenizer, SENTENCES, pooling, 256, 32)
+    )
+    assert not list(tmp_path.glob("*.part*"))
+
+
+@pytest.mark.parametrize("teacher", ["bert", "lsa"])
+def test_two_processes_make_the_cache_of_one(tmp_path, corpus, bert, teacher):
+    flags = ["--teacher", bert if teacher == "bert" else "lsa", "--corpus", corpus, "--batch_size", 5, "--output"]
+    embedded, embed_batches = tmp_path / "embedded", cache_teacher.embed_batches
+
+    def counted(model, tokens, batches, *rest):
+        with open(embedded, "a") as file:
+            file.write(f"{len(batches)}\n")
+        return embed_batches(model, tokens, batches, *rest)
+
+    def share():
+        cache_teacher.embed_batches = counted
+        run(*flags, tmp_path / "two.pt")
+
+    assert in_a_process(lambda: run(*flags, tmp_path / "one.pt")) == 0
+    assert in_two_processes(share) == [0, 0]
+    assert the_same(tmp_path / "two.pt", tmp_path / "one.pt")
+    if teacher == "bert":
+        assert embedded.read_text() == "5\n5\n"  # ten batches, half of them each
+    assert not list(tmp_path.glob("*.part*"))
 
 
 # ------------------------------------------------------------------------------------------------- mistakes

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SENTENCES
+from conftest import ROOT, SENTENCES, in_a_process, in_two_processes
 from transformers import AutoModel, AutoTokenizer
 
 import cache_teacher
@@ -519,21 +519,6 @@ def test_tiny_brings_its_own_defaults_and_the_command_line_wins(capsys):
 
 
 # ------------------------------------------------------------------------------------------------- interruptions
-
-
-def in_a_process(action):
-    """Run in a process of its own, one thread (a fork has no others), and return how it ended: 0, or minus a signal."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            torch.set_num_threads(1)
-            action()
-            os._exit(0)
-        except SystemExit as stopped:
-            os._exit(stopped.code)
-        finally:
-            os._exit(99)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def killed_in_the_middle_of_an_epoch():
