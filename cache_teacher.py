@@ -6,10 +6,12 @@
 
 Writes a dict, read back with torch.load(path, weights_only=True, mmap=True): sentences (n str, unique), sources (n str,
 the domain of each), embeddings (n, d_T), teacher, pooling, max_length, fingerprint (of the sentences), version.
-Also here, for all three scripts: loading an encoder, tokenising, pooling, and embedding sentences with it.
+Also here, what the three scripts share: loading an encoder, tokenising, pooling, and embedding sentences with it; devices,
+processes, files that are whole or not there, and checkpoints.
 """
 
 import argparse
+import atexit
 import csv
 import hashlib
 import io
@@ -75,6 +77,7 @@ def join_processes():
         if torch.accelerator.is_available():
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group(timeout=timedelta(days=1))
+        atexit.register(torch.distributed.destroy_process_group)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -83,6 +86,19 @@ def wait_for_processes():
     """Go on when every process has come this far."""
     if processes() > 1:
         torch.distributed.barrier()
+
+
+def average(*tensors):
+    """Each tensor becomes, in place, its mean over the processes; a single process leaves it as it is."""
+    if processes() > 1:
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+            tensor /= processes()
+
+
+def average_gradients(optimizer):
+    """Data-parallel training: every gradient becomes its mean over the processes, the same number in each of them."""
+    average(*(p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None))
 
 
 def progress(total, unit, label=None, initial=0):
@@ -595,6 +611,32 @@ def load_cache(path):
         if not lengths.isfinite().all() or not lengths.all():
             fail(f"{path}: some embeddings are zero or not finite; {remedy}")
     return cache
+
+
+class Checkpoint:
+    """What a training run needs to go on after an interruption as if nothing had happened, in one file.
+
+    facts: what must be the same when it goes on, a dict; modules: a dict of whatever has a state_dict.
+    """
+
+    def __init__(self, path, facts, modules):
+        self.path, self.facts, self.modules = path, facts, modules
+
+    def save(self, epoch, position):
+        """Write the state after `epoch` epochs and `position` bytes of metrics.jsonl, whole or not at all; returns both."""
+        states = {name: module.state_dict() for name, module in self.modules.items()}
+        if rank() == 0:
+            save(self.path, states | {"facts": self.facts, "epoch": epoch, "position": position})
+        return epoch, position
+
+    def load(self, state):
+        """Go back to a saved state; returns its epoch and position. Ends the program if it is of another run."""
+        for name, new in self.facts.items():
+            if new != (old := state["facts"].get(name)):
+                fail(f"--resume with another {name}: it was {old}, now it is {new}")
+        for name, module in self.modules.items():
+            module.load_state_dict(state[name])
+        return state["epoch"], state["position"]
 
 
 def identity(cache):

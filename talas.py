@@ -2,11 +2,13 @@
 
     python cache_teacher.py && python talas.py               # the demo: offline, on a laptop's CPU
     python talas.py --teacher teacher.pt --student nreimers/MiniLMv2-L6-H384-distilled-from-BERT-Base
+    torchrun --nproc_per_node=4 talas.py --teacher ...       # data-parallel: --batch_size sentences on each of 4 GPUs
 
 In the paper's order: settings (Appendix E), losses (Eqs. 3-7, 10-12), ASAM (Eq. 2), Algorithm 1, sharpness (Table 4).
 N is the batch size, T the number of tokens, L that of the student's layers, d_S and d_T the two models' dimensions.
 """
 
+import io
 import json
 import statistics
 import sys
@@ -19,13 +21,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from cache_teacher import code_commit, declare_pooling, fail, identity, load, load_cache, load_encoder, load_sentences
-from cache_teacher import memory_mb, mixed_precision, move_files, pad, pick_device, pool, quiet, random_state, save, set_random_state
-from cache_teacher import to_device, tokenize, writing
+from cache_teacher import Checkpoint, average, average_gradients, code_commit, declare_pooling, fail, identity, join_processes
+from cache_teacher import load, load_cache, load_encoder, load_sentences, memory_mb, mixed_precision, move_files, pad, pick_device
+from cache_teacher import pool, processes, progress, quiet, random_state, rank, set_random_state, to_device, tokenize
+from cache_teacher import wait_for_processes, writing
 from demo import tiny
 
 # ------------------------------------------------------------------------------------------------------- settings
@@ -204,10 +206,12 @@ def training_step(student, projections, optimizer, chunks, teacher, domains, s):
     else:  # 1. Ascent step: the gradient at w gives w̃
         climbed = disam_objective(loss.expand(len(domains)), domains, s.disam_lambda) if s.optimizer == "disam" else loss
         climbed.backward()
+        average_gradients(optimizer.optimizer)
         optimizer.ascent_step()
         set_random_state(student.device, random)  # the same dropout masks again: one function, at two points
         perturbed_loss, _ = objective()
     perturbed_loss.backward()  # 2. Descent step: the gradient at w̃ moves w
+    average_gradients(optimizer.optimizer)
     optimizer.descent_step()
     return torch.stack([*terms, loss.mean(), perturbed_loss - loss.mean()]).detach()
 
@@ -235,57 +239,41 @@ def train(s, cache, student, tokenizer, resumed=None):
         teacher = to_device(targets[batch].float(), student.device) if s.lambda2 else None
         return chunks, teacher, domains[batch]
 
-    steps_per_epoch = len(lengths) // s.batch_size
+    steps_per_epoch = len(lengths) // (s.batch_size * processes())
     projections, optimizer, scheduler = set_up(s, student, targets, s.epochs * steps_per_epoch)
-    state = Checkpoint(s, identity(cache), student, projections, optimizer.optimizer, scheduler)
-    first_epoch, position = state.load(resumed) if resumed else state.save(0, 0)
+    modules = {"student": student, "projections": torch.nn.ParameterList(projections), "adamw": optimizer.optimizer}
+    facts = {f"--{name}": v for name, v in asdict(s).items() if name not in ("resume", "overwrite", "output", "device")}
+    facts |= {"content of --teacher": identity(cache), "number of processes": processes()}
+    checkpoint = Checkpoint(f"{s.output}/checkpoint.pt", facts, modules | {"scheduler": scheduler})
+    first_epoch, position = checkpoint.load(resumed) if resumed else checkpoint.save(0, 0)
     meter = Meter(s, steps_per_epoch, first_epoch, position, student.device)
     for epoch in range(first_epoch, s.epochs):
         student.train()
         meter.start()
-        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(s.seed + epoch))
-        for batch in order.split(s.batch_size)[:steps_per_epoch]:  # sample a mini-batch B; an incomplete one is left out
+        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(s.seed + epoch)).split(s.batch_size)
+        torch.manual_seed(s.seed + 1000 * (epoch + 1) + rank())  # dropout: a resumed epoch draws the same, each process its own
+        for batch in order[rank() :: processes()][:steps_per_epoch]:  # a mini-batch B; an incomplete one is left out
             values = training_step(student, projections, optimizer, *fetch(batch), s)
             meter.step(values, epoch + 1, scheduler.get_last_lr()[0])
             scheduler.step()
         fixed = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).split(s.batch_size)
         lambda_max = measure_sharpness(student, projections, map(fetch, fixed[:SHARPNESS_BATCHES]), s) if s.sharpness else None
+        if not all(p.isfinite().all() for p in student.parameters()):
+            fail(f"epoch {epoch + 1} left weights that are not finite; {ADVICE}")
         meter.file.write(json.dumps({"end_of_epoch": epoch + 1, "step": meter.count, "lambda_max": lambda_max}) + "\n")
-        state.save(epoch + 1, meter.file.tell())
+        checkpoint.save(epoch + 1, meter.file.tell())
     return projections, meter.cost()
-
-
-class Checkpoint:
-    """What a run needs to go on after an interruption as if nothing had happened; a file in the output directory."""
-
-    def __init__(self, s, learnt_from, student, projections, adamw, scheduler):
-        self.path, self.facts, self.device = f"{s.output}/checkpoint.pt", {"settings": asdict(s), "cache": learnt_from}, student.device
-        self.modules = {"student": student, "projections": torch.nn.ParameterList(projections), "adamw": adamw, "scheduler": scheduler}
-
-    def save(self, epoch, position):
-        """Write the state after `epoch` epochs and `position` bytes of metrics.jsonl, whole or not at all; returns both."""
-        if not all(p.isfinite().all() for p in self.modules["student"].parameters()):
-            fail(f"epoch {epoch} left weights that are not finite; {ADVICE}")
-        modules = {name: module.state_dict() for name, module in self.modules.items()}
-        save(self.path, self.facts | modules | {"epoch": epoch, "position": position, "random": random_state(self.device)})
-        return epoch, position
-
-    def load(self, state):
-        """Go back to a saved state; returns its epoch and position."""
-        for name, module in self.modules.items():
-            module.load_state_dict(state[name])
-        set_random_state(self.device, state["random"])
-        return state["epoch"], state["position"]
 
 
 class Meter:
     """The progress bar, the lines of metrics.jsonl, and at the end what the run cost (Table 3)."""
 
     def __init__(self, s, steps_per_epoch, first_epoch, position, device):
-        self.file = open(f"{s.output}/metrics.jsonl", "a+", buffering=1, encoding="utf-8")
+        path = f"{s.output}/metrics.jsonl"
+        self.file = open(path, "a+", buffering=1, encoding="utf-8") if rank() == 0 else io.StringIO()
         self.file.truncate(position)  # what an interrupted epoch wrote is written again
         self.device, self.steps_per_epoch, self.count, self.window = device, steps_per_epoch, first_epoch * steps_per_epoch, []
-        self.bar = tqdm(initial=self.count, total=s.epochs * steps_per_epoch, unit="step", disable=None, dynamic_ncols=True)
+        self.bar = progress(s.epochs * steps_per_epoch, "step", initial=self.count)
 
     def start(self):
         """Begin to measure time and memory: what lies between two epochs does not count."""
@@ -298,7 +286,9 @@ class Meter:
         self.bar.update()
         if self.count % LOG_EVERY and self.count % self.steps_per_epoch:
             return
-        rows = torch.stack(self.window).cpu()  # (steps, 5)
+        rows = torch.stack(self.window)  # (steps, 5)
+        average(rows)
+        rows = rows.cpu()
         if len(bad := (~rows.isfinite()).nonzero()):
             step, which = bad[0].tolist()
             self.bar.close()
@@ -306,7 +296,7 @@ class Meter:
         means, ms = dict(zip(METRICS, rows.mean(0).tolist())), 1000 * (time.perf_counter() - self.clock) / len(rows)
         line = {"step": self.count, "epoch": epoch, **means, "lr": lr, "ms_per_step": ms, "memory_mb": memory_mb(self.device)}
         self.file.write(json.dumps(line) + "\n")
-        self.bar.set_postfix({name: f"{means[name]:.4f}" for name in METRICS[:4]})
+        self.bar.set_postfix({name: f"{means[name]:.4f}" for name in METRICS[:4]}, refresh=False)
         self.window, self.clock = [], time.perf_counter()
 
     def cost(self):
@@ -373,7 +363,7 @@ def check(s, student, tokenizer, sentences):
         "--lambda1, --lambda2 and --lambda3 are all 0: there is nothing to learn": not (s.lambda1 or s.lambda2 or s.lambda3),
         "--batch_size 1: Eqs. 5 and 6 compare the sentences of a batch; take more": s.batch_size == 1 and s.lambda1 + s.lambda3 > 0,
         f"--max_length {s.max_length}: it leaves no token between the first and the last; take more": s.max_length < 3,
-        f"--batch_size {s.batch_size}: the corpus has only {len(sentences)} sentences": len(sentences) < s.batch_size,
+        f"--batch_size {s.batch_size}: the corpus has only {len(sentences)} sentences": len(sentences) < s.batch_size * processes(),
         f"--anchored_layers {s.anchored_layers}: {s.student} has {L} layers": s.lambda2 and s.anchored_layers > L,
         f"--lasd_layers {s.lasd_layers}: Eq. 5 chains 2 to L layers, {s.student} has {L}; --lambda3 0 leaves it out":
             s.lambda3 and (L < 2 or s.lasd_layers == 1 or s.lasd_layers > L),
@@ -393,16 +383,6 @@ def find_checkpoint(s):
         fail(f"{out} holds an interrupted run; --resume it, or --overwrite it")
     if out.exists() and not (out.is_dir() and (s.overwrite or not any(out.iterdir()))):
         fail(f"{out} exists; choose another --output, or --overwrite it")
-
-
-def check_resumed(s, state, cache):
-    """End the program if a checkpoint is of a run with other settings, or of another cache."""
-    new = asdict(s)
-    old = state["settings"] | {name: new[name] for name in ("resume", "overwrite", "output")}
-    for name in (name for name in new if new[name] != old.get(name)):
-        fail(f"--resume with another --{name}: it was {old.get(name)}, now it is {new[name]}")
-    if state["cache"] != identity(cache):
-        fail(f"--resume with another --teacher: {s.teacher} has changed since the run began")
 
 
 def save_student(s, cache, student, tokenizer, projections, cost):
@@ -433,6 +413,7 @@ def parse_settings(argv):
 def main(argv=None):
     """The command line: read the cache, train, save."""
     quiet()
+    join_processes()
     s = parse_settings(argv)
     s.device = str(pick_device(s.device))
     resumed = find_checkpoint(s)
@@ -443,14 +424,14 @@ def main(argv=None):
     else:
         student, tokenizer, s.pooling = load_encoder(s.student, s.pooling)
     check(s, student, tokenizer, cache["sentences"])
-    if resumed:
-        check_resumed(s, resumed, cache)
+    wait_for_processes()  # none writes before all have looked at the output
     try:
         with writing(s.output):
             Path(s.output).mkdir(parents=True, exist_ok=True)
         projections, cost = train(s, cache, student.to(s.device), tokenizer, resumed)
         with writing(s.output):
-            save_student(s, cache, student, tokenizer, projections, cost)
+            if rank() == 0:
+                save_student(s, cache, student, tokenizer, projections, cost)
     except KeyboardInterrupt:
         fail(f"interrupted; the same command with --resume goes on from the last whole epoch in {s.output}")
     except torch.OutOfMemoryError:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SENTENCES, in_a_process, in_two_processes
+from conftest import ROOT, SENTENCES, in_a_process, in_two_processes, small_bert
 from transformers import AutoModel, AutoTokenizer
 
 import cache_teacher
@@ -589,13 +589,66 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, b
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
+@pytest.mark.parametrize("optimizer", ["asam", "adamw"])
+def test_two_processes_climb_and_descend_as_one_with_their_batches_together(tmp_path, cache, optimizer):
+    """Without dropout, and with Eq. 3 alone, which sees no other sentence of the batch, the mean gradient is the same."""
+    bert = small_bert(tmp_path / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    flags = ["--teacher", cache, "--student", bert, "--epochs", 2, "--lambda1", 0, "--lambda3", 0, "--lr", 1e-3]
+    flags += ["--rho", 0.5, "--optimizer", optimizer]
+
+    def keep_weights():
+        train = talas.train
+
+        def kept(s, cache, student, *rest):
+            result = train(s, cache, student, *rest)
+            torch.save(student.state_dict(), tmp_path / f"process{cache_teacher.rank()}.pt")
+            return result
+
+        talas.train = kept
+        run(*flags, "--batch_size", 8, "--output", tmp_path / "two")
+
+    assert in_two_processes(keep_weights) == [0, 0]
+    assert in_a_process(lambda: run(*flags, "--batch_size", 16, "--output", tmp_path / "one")) == 0
+    first, second = (torch.load(tmp_path / f"process{rank}.pt", weights_only=True) for rank in (0, 1))
+    one, two = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    start = AutoModel.from_pretrained(bert).state_dict()
+    assert not torch.equal(start["encoder.layer.2.output.dense.weight"], one["encoder.layer.2.output.dense.weight"])
+    for name in one:
+        assert torch.equal(first[name], second[name]) and torch.equal(first[name], two[name])
+        torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-3)
+    read = lambda name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in read("two")] == [line["step"] for line in read("one")]
+    for line, same in zip(read("two"), read("one")):  # the means over both processes
+        assert line.get("tamd", 0) == pytest.approx(same.get("tamd", 0), rel=1e-3)
+
+
+def test_two_processes_draw_their_own_dropout_and_stay_together(tmp_path, bert, cache):
+    seen, step = tmp_path / "seen", talas.training_step
+
+    def watched(student, *rest):
+        values = step(student, *rest)
+        weights = sum(p.double().sum() for p in student.parameters()).item()
+        with open(f"{seen}{cache_teacher.rank()}", "a") as file:
+            file.write(json.dumps([values[0].item(), weights]) + "\n")
+        return values
+
+    def train():
+        talas.training_step = watched
+        run("--teacher", cache, "--student", bert, "--epochs", 2, "--batch_size", 8, "--output", tmp_path / "two")
+
+    assert in_two_processes(train) == [0, 0]
+    first, second = ([json.loads(line) for line in open(f"{seen}{rank}")] for rank in (0, 1))
+    assert len(first) == len(second) == 6
+    assert all(a[0] != b[0] and a[1] == b[1] for a, b in zip(first, second))
+
+
 def test_resuming_with_another_cache_or_pooling_is_refused(tmp_path, bert, cache, ends_with_one_line):
     command = ["--teacher", cache, "--student", bert, "--epochs", 2, "--batch_size", 16, "--output", tmp_path / "out"]
     assert in_a_process(lambda: (killed_in_the_middle_of_an_epoch(), run(*command))) == -9
     ends_with_one_line(lambda: run(*command, "--resume", "--pooling", "mean"), "--pooling", "cls", "mean")
     other = torch.load(cache, weights_only=True)
     torch.save(other | {"embeddings": other["embeddings"].flip(0)}, cache)  # the same sentences, another teacher
-    ends_with_one_line(lambda: run(*command, "--resume"), "--teacher", "changed")
+    ends_with_one_line(lambda: run(*command, "--resume"), "content of --teacher")
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path, bert, cache):
