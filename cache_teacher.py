@@ -262,8 +262,8 @@ def pool(hidden, attention_mask, pooling):
     if pooling == "last":
         return hidden[rows, hidden.shape[1] - 1 - attention_mask.int().flip(1).argmax(1)]
     if pooling == "mean":
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)  # (N, T, 1)
-        return (hidden * mask).sum(1) / mask.sum(1)
+        mask = attention_mask.to(hidden.dtype)
+        return torch.einsum("nt,ntd->nd", mask, hidden) / mask.sum(1, keepdim=True)  # without a masked copy of hidden
     raise ValueError(f"pooling must be cls, mean or last, not {pooling!r}")
 
 

@@ -195,6 +195,40 @@ def test_eq6_the_two_views_are_of_the_same_sentences_with_dropout_masks_of_their
     torch.testing.assert_close(same, also)
 
 
+def test_a_batch_in_pieces_gives_the_loss_of_the_whole(batch):
+    student, projections, tokens, teacher = batch
+    order = tokens["attention_mask"].sum(1).argsort()  # short sentences first, each piece cut to its longest
+    pieces = []
+    for part in order.split([1, 2, 1]):
+        T = tokens["attention_mask"][part].sum(1).max()
+        pieces.append({name: t[part, :T] for name, t in tokens.items()})
+    s = Settings(lambda1=0.3, pooling="mean")
+    loss, terms = talas.total_loss(student, projections, pieces, teacher[order], s)
+    whole, same = talas.total_loss(student, projections, [tokens], teacher, s)
+    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(terms, same)
+
+
+def test_bfloat16_changes_matrix_products_alone_and_only_in_training(batch, monkeypatch):
+    student, projections, tokens, teacher = batch
+    monkeypatch.setattr(
+        talas, "mixed_precision", lambda device, wanted: torch.autocast("cpu", torch.bfloat16, enabled=wanted)
+    )
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    student.config.attention_probs_dropout_prob = 0.0
+    s, kinds = Settings(pooling="mean"), []
+    student.encoder.layer[0].output.dense.register_forward_hook(lambda module, args, out: kinds.append(out.dtype))
+    losses = []
+    for mode in (student.eval, student.train):
+        mode()
+        losses.append(talas.total_loss(student, projections, [tokens], teacher, s)[0])
+    assert kinds == [torch.float32, torch.bfloat16]
+    assert losses[1].dtype == torch.float32 and losses[0] != losses[1]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.02)
+
+
 # ------------------------------------------------------------------------------------------------- Eq. 2, ASAM
 
 
