@@ -373,8 +373,8 @@ def tokenize(tokenizer, sentences, max_length):
     if limit < 3:
         fail(f"--max_length {limit} leaves no token of a sentence beside the first and the last; take 3 or more")
     with tempfile.TemporaryFile() as file:
-        for i in range(0, len(sentences), 10_000):  # in slices: the tokenizer's own output is far larger than the ids
-            rows = tokenizer(sentences[i : i + 10_000], truncation=True, max_length=limit, return_attention_mask=False)
+        for i in range(0, len(sentences), 1_000):  # in slices: the tokenizer's own output is far larger than the ids
+            rows = tokenizer(sentences[i : i + 1_000], truncation=True, max_length=limit, return_attention_mask=False)
             lengths += map(len, rows["input_ids"])
             file.write(np.fromiter(chain.from_iterable(rows["input_ids"]), dtype=np.int32).tobytes())
             cut += sum(bool(encoding.overflowing) for encoding in rows.encodings or [])
