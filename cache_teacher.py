@@ -11,7 +11,6 @@ processes, files that are whole or not there, and checkpoints.
 """
 
 import argparse
-import atexit
 import csv
 import hashlib
 import io
@@ -62,22 +61,24 @@ def quiet():
 
 
 def rank():
-    """Which of the processes that torchrun started this is, from 0; 0 without torchrun. The first one reads out and writes."""
-    return int(os.environ.get("RANK", 0))
+    """Which of the processes that torchrun started this is, from 0; 0 without torchrun. The first one speaks and writes."""
+    return int(os.environ["RANK"]) if "LOCAL_RANK" in os.environ else 0
 
 
 def processes():
     """How many processes torchrun started, one a device; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1  # other launchers set WORLD_SIZE alone
 
 
 def join_processes():
     """Connect the processes that torchrun started, and let the first one alone speak."""
     if processes() > 1:
-        if torch.accelerator.is_available():
-            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group(timeout=timedelta(days=1))
-        atexit.register(torch.distributed.destroy_process_group)
+        local, devices = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
+        if 0 < devices <= local:
+            fail(f"torchrun started more processes than the {devices} devices here; lower --nproc_per_node")
+        if devices:
+            torch.accelerator.set_device_index(local)
+        torch.distributed.init_process_group(timeout=timedelta(hours=12))  # one may have much more left to cache than another
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -86,6 +87,12 @@ def wait_for_processes():
     """Go on when every process has come this far."""
     if processes() > 1:
         torch.distributed.barrier()
+
+
+def leave_processes():
+    """The end of join_processes; not after an error, where it would wait for processes that still work."""
+    if processes() > 1:
+        torch.distributed.destroy_process_group()
 
 
 def average(*tensors):
@@ -102,8 +109,8 @@ def average_gradients(optimizer):
 
 
 def progress(total, unit, label=None, initial=0):
-    """A progress bar with the time left; where no one watches, a line every half minute."""
-    pace = {"delay": 0, "mininterval": 0.1} if sys.stderr.isatty() else {"delay": 30, "mininterval": 30, "ncols": 100}
+    """A progress bar with the time left; renewed every half minute where no one watches."""
+    pace = {"delay": 0, "mininterval": 0.1} if sys.stderr.isatty() else {"delay": 30, "mininterval": 30}
     return tqdm(total=total, unit=unit, desc=label, initial=initial, disable=rank() > 0, dynamic_ncols=True, **pace)
 
 
@@ -263,7 +270,8 @@ def pool(hidden, attention_mask, pooling):
         return hidden[rows, hidden.shape[1] - 1 - attention_mask.int().flip(1).argmax(1)]
     if pooling == "mean":
         mask = attention_mask.to(hidden.dtype)
-        return torch.einsum("nt,ntd->nd", mask, hidden) / mask.sum(1, keepdim=True)  # without a masked copy of hidden
+        weights = mask / mask.sum(1, keepdim=True)  # (N, T); divided first, so that no sum overflows in half precision
+        return torch.einsum("nt,ntd->nd", weights, hidden)
     raise ValueError(f"pooling must be cls, mean or last, not {pooling!r}")
 
 
@@ -303,6 +311,14 @@ def declared_pooling(name):
     if str(mode) not in known:
         fail(f"{name} asks for {mode} pooling, which is not implemented; choose one with --pooling")
     return known[mode]
+
+
+def save_encoder(folder, model, tokenizer, pooling, max_length):
+    """Write a model as both transformers and sentence-transformers load it, with its pooling and maximum length."""
+    tokenizer.model_max_length = min(max_length, tokenizer.model_max_length)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    declare_pooling(folder, pooling, model.config.hidden_size, tokenizer.model_max_length)
 
 
 def declare_pooling(folder, pooling, dimensions, max_length):
@@ -366,13 +382,13 @@ def load_encoder(name, pooling="auto", dtype=torch.float32):
 def tokenize(tokenizer, sentences, max_length):
     """Token ids of n sentences, cut to max_length and to what the model takes: (ids, starts). Prints how many were cut.
 
-    ids: all of them end to end, int32, in a temporary file, so that a large corpus needs no memory; starts: (n + 1,), where
+    ids: all of them end to end, int32, in a temporary file (TMPDIR says where), for a large corpus; starts: (n + 1,), where
     each sentence begins, and the end.
     """
     limit, lengths, cut = min(max_length, tokenizer.model_max_length), [], 0
     if limit < 3:
         fail(f"--max_length {limit} leaves no token of a sentence beside the first and the last; take 3 or more")
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile() as file, writing(tempfile.gettempdir()):
         for i in range(0, len(sentences), 1_000):  # in slices: the tokenizer's own output is far larger than the ids
             rows = tokenizer(sentences[i : i + 1_000], truncation=True, max_length=limit, return_attention_mask=False)
             lengths += map(len, rows["input_ids"])
@@ -440,15 +456,19 @@ def embed_batches(model, tokens, batches, pad_id, pooling, bar):
 
 
 def fill_part(path, batches, embed, d, label):
-    """Write the batches' embeddings (rows of d float32) to a file, end to end, after the whole batches that it has already."""
-    with writing(path), open(path, "ab") as file:
-        rows, ends = file.tell() // (4 * d), np.cumsum([0, *map(len, batches)])
-        done = int(np.searchsorted(ends, rows, side="right")) - 1
-        file.truncate(ends[done] * 4 * d)
-        if done:
-            print(f"going on from an interrupted run: {ends[done]} of {ends[-1]} sentences are embedded")
-        with progress(int(ends[-1]), "sent", label, initial=int(ends[done])) as bar:
-            for rows in embed(batches[done:], bar):
+    """Write the batches' embeddings (rows of d float32) to a file, each in its place, after the whole batches that it has."""
+    with writing(path):
+        path.touch()
+        file = open(path, "r+b")
+        rows, ends = path.stat().st_size // (4 * d), np.cumsum([0, *map(len, batches)])
+    done = int(np.searchsorted(ends, rows, side="right")) - 1
+    if done:
+        whose = "in the first process's share " if processes() > 1 else ""
+        print(f"going on from an interrupted run: {ends[done]} of {ends[-1]} sentences {whose}are embedded")
+    with progress(int(ends[-1]), "sent", label, initial=int(ends[done])) as bar, file:
+        for start, rows in zip(ends[done:], embed(batches[done:], bar)):
+            with writing(path):
+                file.seek(int(start) * 4 * d)
                 file.write(rows.numpy().tobytes())
                 file.flush()
 
@@ -640,21 +660,28 @@ class Checkpoint:
 
 
 def identity(cache):
-    """A hash of what a run learns from: sentences, sources, teacher and, of the embeddings, their shape and 1,000 rows."""
+    """A hash of what a run learns from: sentences, sources, teacher and, of the embeddings, their shape and some 100 rows."""
     embeddings = cache["embeddings"]
-    rows = [] if embeddings is None else embeddings[:: max(1, len(embeddings) // 1000)].tolist()
+    rows = [] if embeddings is None else embeddings[:: max(1, len(embeddings) // 100)].tolist()
     shape = None if embeddings is None else list(embeddings.shape)
-    return fingerprint([cache["fingerprint"], cache["teacher"], shape, rows, list(cache["sources"])])
+    return fingerprint([cache["fingerprint"], cache["teacher"], shape, rows, *cache["sources"]])
 
 
-def code_commit():
-    """The commit of this code, if it is a git checkout of its own and git is here, else None."""
+def seed_of(*what):
+    """A seed for a stream of random numbers that has nothing to do with the stream of any other `what`."""
+    return int(hashlib.sha256(repr(what).encode()).hexdigest()[:15], 16)
+
+
+def provenance():
+    """What made a result: the versions, and the commit of this code if it is a git checkout of its own and git is here."""
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
     try:
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--show-toplevel", "HEAD"]
         folder, commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split("\n")[:2]
     except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit if Path(folder) == Path(__file__).parent.resolve() else None
+        folder = commit = None
+    own = folder is not None and Path(folder) == Path(__file__).parent.resolve()
+    return {"versions": versions, "commit": commit if own else None}
 
 
 def load_sentences(corpus):
@@ -726,14 +753,15 @@ def main(argv=None):
         embeddings = embed(range(len(texts)), resumable=True)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from where it stopped")
+    leave_processes()
     if rank() > 0:
         return
-    rate = len(texts) / (time.perf_counter() - start)
+    seconds = time.perf_counter() - start
     cache = make_cache(args, texts, sources, pooling, embeddings)
     save(args.output, cache)
     remove_parts(args.output)
     print(
-        f"{args.output}: {len(cache['sentences'])} embeddings of {embeddings.shape[1]} dimensions, {args.teacher}, {rate:.0f} sentences/s"
+        f"{args.output}: {len(cache['sentences'])} embeddings of {embeddings.shape[1]} dimensions, {args.teacher}, in {seconds:.0f} s"
     )
 
 

@@ -11,7 +11,6 @@ N is the batch size, T the number of tokens, L that of the student's layers, d_S
 import io
 import json
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,10 +23,10 @@ import transformers
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from cache_teacher import Checkpoint, average, average_gradients, code_commit, declare_pooling, fail, identity, join_processes
-from cache_teacher import load, load_cache, load_encoder, load_sentences, memory_mb, mixed_precision, move_files, pad, pick_device
-from cache_teacher import pool, processes, progress, quiet, random_state, rank, set_random_state, to_device, tokenize
-from cache_teacher import wait_for_processes, writing
+from cache_teacher import Checkpoint, average, average_gradients, fail, identity, join_processes, leave_processes, load, load_cache
+from cache_teacher import load_encoder, load_sentences, memory_mb, mixed_precision, move_files, pad, pick_device, pool, processes
+from cache_teacher import progress, provenance, quiet, random_state, rank, save_encoder, seed_of, set_random_state, to_device
+from cache_teacher import tokenize, wait_for_processes, writing
 from demo import tiny
 
 # ------------------------------------------------------------------------------------------------------- settings
@@ -50,7 +49,7 @@ class Settings:
     detach_guide: bool = HfArg(default=False, help="stop LASD's gradient into the upper layer of each pair")
     optimizer: Literal["asam", "sam", "disam", "adamw"] = HfArg(default="asam", help="adamw: one pass, no ascent step")
     rho: float = HfArg(default=0.05, help="radius of the ascent step, Eq. 2")
-    eta: float = HfArg(default=0.0, help="added to |w| in T_w, Eq. 2")
+    eta: float = HfArg(default=0.0, help="of T_w = diag(|w| + eta), Eq. 2; Algorithm 1's eta is --lr")
     disam_lambda: float = HfArg(default=0.1, help="lambda of Eq. 10: how much DISAM's ascent minds the domains' variance")
     lr: float = HfArg(default=2e-5, help="peak learning rate of AdamW, cosine decay to 0")
     projection_lr_scale: float = HfArg(default=5.0, help="the learning rate of the projections W_l, times lr")
@@ -72,8 +71,7 @@ ADVICE = "try a lower --lr or --rho, with --overwrite (the checkpoint of the las
 def tamd_loss(layers, projections, teacher, reduction="mean"):
     """Teacher-anchored multi-layer distillation, Eq. 3: the mean over K layers of 1 - cos(e_l W_l, e^T), in [0, 2].
 
-    layers: K tensors (N, d_S), the top layers; projections: K tensors W_l (d_S, d_T), else ValueError; teacher: (N, d_T).
-    Gives a scalar, or each sentence's own loss, (N,), with reduction="none".
+    layers: the top K, (N, d_S); projections: K of W_l (d_S, d_T), else ValueError; teacher: (N, d_T). "none" gives (N,).
     """
     distances = [1 - F.cosine_similarity(E @ W, teacher, dim=-1) for E, W in zip(layers, projections, strict=True)]
     losses = torch.stack(distances).mean(0)  # (K, N) -> (N,)
@@ -103,35 +101,35 @@ def simcse_loss(z, z_prime, temperature, reduction="mean"):
     return F.cross_entropy(similarities, torch.arange(len(z), device=z.device), reduction=reduction)
 
 
-def embed(student, chunks, pooling, views=1):
+def embed(student, pieces, pooling, views=1):
     """Sentence embeddings after each layer, Section 3: L tensors e_l (N, views, d_S), each view under its own dropout masks.
 
-    chunks: a batch of N sentences in pieces of like length, each a dict of input_ids and attention_mask, (n, T).
+    pieces: a batch of N sentences, those of like length together, each piece a dict of input_ids and attention_mask, (n, T).
     """
-    pieces = []
-    for tokens in chunks:
-        tokens = {name: t.repeat_interleave(views, dim=0) for name, t in tokens.items()}  # all views in one pass
+    pooled = []
+    for tokens in pieces:
+        tokens = {name: t.repeat_interleave(views, dim=0) for name, t in tokens.items()}  # a sentence's views: rows in a row
         with mixed_precision(student.device, student.training):
             hidden = student(**tokens, output_hidden_states=True).hidden_states[1:]  # L of (n * views, T, d_S); [0] is no layer
-        pieces.append([pool(h.to(student.dtype), tokens["attention_mask"], pooling) for h in hidden])
-    return [torch.cat(layer).unflatten(0, (-1, views)) for layer in zip(*pieces)]
+        pooled.append([pool(h.to(student.dtype), tokens["attention_mask"], pooling) for h in hidden])
+    return [torch.cat(e_l).unflatten(0, (-1, views)) for e_l in zip(*pooled)]
 
 
-def total_loss(student, projections, chunks, teacher, s, reduction="mean"):
+def total_loss(student, projections, pieces, teacher, s, reduction="mean"):
     """The training objective, Eq. 7, on one batch: (loss, [simcse, tamd, lasd]); a term of weight 0 is not computed.
 
-    chunks: the batch's N sentences, as embed() takes them; teacher: (N, d_T), the cached targets; s: Settings. With
-    reduction="none" the loss is each sentence's own, (N,), of which LASD, a property of the whole batch, is a shared part.
+    pieces: as in embed(); teacher: (N, d_T), the cached targets; s: Settings. With reduction="none" the loss is each
+    sentence's own, (N,), of which LASD, a property of the whole batch, is a shared part.
     """
-    layers = embed(student, chunks, s.pooling, views=2 if s.lambda1 else 1)
-    view = [E[:, 0] for E in layers]  # L of (N, d_S): the first view
-    simcse = tamd = lasd = view[-1].new_zeros(())
+    both = embed(student, pieces, s.pooling, views=2 if s.lambda1 else 1)  # L of (N, 2 or 1, d_S)
+    layers = [E[:, 0] for E in both]  # L of (N, d_S): the first view
+    simcse = tamd = lasd = layers[-1].new_zeros(())
     if s.lambda1:
-        simcse = simcse_loss(view[-1], layers[-1][:, 1], s.temperature, reduction)
+        simcse = simcse_loss(layers[-1], both[-1][:, 1], s.temperature, reduction)
     if s.lambda2:
-        tamd = tamd_loss(view[-s.anchored_layers :], projections, teacher, reduction)
+        tamd = tamd_loss(layers[-s.anchored_layers :], projections, teacher, reduction)
     if s.lambda3:
-        lasd = lasd_loss(view[-s.lasd_layers :], s.detach_guide)  # all of them at 0
+        lasd = lasd_loss(layers[-s.lasd_layers or None :], s.detach_guide)  # all of them at 0
     loss = s.lambda1 * simcse + s.lambda2 * tamd + s.lambda3 * lasd
     return loss, [simcse.mean(), tamd.mean(), lasd]
 
@@ -143,7 +141,6 @@ def disam_objective(losses, domains, weight):
     A batch of one domain has no variance, so that SAM is left.
     """
     _, index, counts = domains.unique(return_inverse=True, return_counts=True)
-    index, counts = index.to(losses.device), counts.to(losses.device)
     L = torch.zeros_like(counts, dtype=losses.dtype).index_add(0, index, losses) / counts  # (M,)
     variance = (L[:, None] - L[None, :]).square().sum() / (2 * len(L) ** 2)  # Eq. 12
     return (counts / len(losses) * L).sum() - weight * variance
@@ -161,24 +158,23 @@ class ASAM:
 
     def __init__(self, optimizer, rho, eta=0.0, adaptive=True):
         self.optimizer, self.rho, self.eta, self.adaptive = optimizer, rho, eta, adaptive
-        self.moved, self.w = [], {}  # the parameters that stand at w̃, and the copies of w, kept from step to step
+        self.moved, self.w = [], {}  # the parameters that stand at w̃; the copies of w, kept from step to step
 
     @torch.no_grad()
     def ascent_step(self):
         """Move w to w̃ = w + ε̂ and clear the gradients. Parameters without a gradient stay where they are."""
+        self.restore()
         self.moved = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not self.moved:
             return
         self.w |= {p: torch.empty_like(p) for p in self.moved if p not in self.w}
-        torch._foreach_copy_([self.w[p] for p in self.moved], self.moved)
-        g = [p.grad for p in self.moved]  # worked on in place: the copy of w is all the memory that ASAM adds
-        if self.adaptive:
-            T = torch._foreach_abs(self.moved)
-            if self.eta:
-                torch._foreach_add_(T, self.eta)
-            torch._foreach_mul_(g, T)  # T_w ∇L
+        w, g = [self.w[p] for p in self.moved], [p.grad for p in self.moved]
+        torch._foreach_copy_(w, self.moved)
+        if self.adaptive:  # T_w enters ε̂ squared: at η = 0 the sign of w cancels, and the copy of w is all that ASAM adds
+            T = torch._foreach_add(torch._foreach_abs(w), self.eta) if self.eta else w
+            torch._foreach_mul_(g, T)  # T_w ∇L, in the gradient's own memory
         norm = torch.stack(torch._foreach_norm(g)).norm()  # over all parameters together
-        torch._foreach_mul_(g, torch.where(norm > 0, self.rho / norm, norm))  # a zero gradient gives no step, not 0 / 0
+        torch._foreach_mul_(g, torch.where(norm == 0, 0, self.rho / norm))  # a zero gradient gives no step, not 0 / 0
         if self.adaptive:
             torch._foreach_addcmul_(self.moved, T, g)  # w + T_w (ρ T_w ∇L / ‖T_w ∇L‖)
         else:
@@ -186,19 +182,23 @@ class ASAM:
         self.optimizer.zero_grad()
 
     @torch.no_grad()
-    def descent_step(self):
-        """Put w back exactly, from its copy, then step the optimizer with the gradients found at w̃ and clear them."""
+    def restore(self):
+        """Put w back exactly, from its copy, if it stands at w̃."""
         if self.moved:
             torch._foreach_copy_(self.moved, [self.w[p] for p in self.moved])
         self.moved = []
+
+    def descent_step(self):
+        """Put w back, then step the optimizer with the gradients found at w̃ and clear them."""
+        self.restore()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
 # ----------------------------------------------------------------------------------------------------- Algorithm 1
-def training_step(student, projections, optimizer, chunks, teacher, domains, s):
-    """One step of Algorithm 1 on a batch: w moves. Returns the three terms, L(w), and L(w̃) - L(w), (5,), without gradient."""
-    objective = lambda reduction="mean": total_loss(student, projections, chunks, teacher, s, reduction)
+def training_step(student, projections, asam, pieces, teacher, domains, s):
+    """One step of Algorithm 1: w moves. Returns what METRICS names, (5,). Each process has a batch of its own, gradients are means."""
+    objective = lambda reduction="mean": total_loss(student, projections, pieces, teacher, s, reduction)
     random = random_state(student.device)
     loss, terms = objective("none" if s.optimizer == "disam" else "mean")
     if s.optimizer == "adamw":  # no ascent step: w̃ = w
@@ -206,13 +206,13 @@ def training_step(student, projections, optimizer, chunks, teacher, domains, s):
     else:  # 1. Ascent step: the gradient at w gives w̃
         climbed = disam_objective(loss.expand(len(domains)), domains, s.disam_lambda) if s.optimizer == "disam" else loss
         climbed.backward()
-        average_gradients(optimizer.optimizer)
-        optimizer.ascent_step()
+        average_gradients(asam.optimizer)
+        asam.ascent_step()
         set_random_state(student.device, random)  # the same dropout masks again: one function, at two points
-        perturbed_loss, _ = objective()
+        perturbed_loss, _ = objective()  # Eq. 7 itself, whatever was climbed
     perturbed_loss.backward()  # 2. Descent step: the gradient at w̃ moves w
-    average_gradients(optimizer.optimizer)
-    optimizer.descent_step()
+    average_gradients(asam.optimizer)
+    asam.descent_step()
     return torch.stack([*terms, loss.mean(), perturbed_loss - loss.mean()]).detach()
 
 
@@ -228,49 +228,51 @@ def set_up(s, student, targets, steps):
 
 
 def train(s, cache, student, tokenizer, resumed=None):
-    """Algorithm 1. Trains the student in place, from a checkpoint if one is given. Returns (projections, cost, a dict)."""
-    tokens, targets = tokenize(tokenizer, cache.pop("sentences"), s.max_length), cache["embeddings"]
-    domains, lengths = torch.from_numpy(np.unique(cache["sources"], return_inverse=True)[1]), np.diff(tokens[1])
-    chunk = 8 if student.device.type == "cpu" else s.batch_size  # a CPU gains by less padding, an accelerator by size
+    """Algorithm 1, from a checkpoint if one is given: trains the student in place, and returns (projections, cost, a dict).
 
-    def fetch(batch):  # positions (N,) -> chunks of tokens (n, T), cached targets E^T (N, d_T), domains (N,)
-        batch = batch[np.argsort(lengths[batch], kind="stable")]  # no term of the loss sees the order in a batch
-        chunks = [pad(tokens, part.tolist(), tokenizer.pad_token_id, student.device) for part in batch.split(chunk)]
-        teacher = to_device(targets[batch].float(), student.device) if s.lambda2 else None
-        return chunks, teacher, domains[batch]
-
-    steps_per_epoch = len(lengths) // (s.batch_size * processes())
-    projections, optimizer, scheduler = set_up(s, student, targets, s.epochs * steps_per_epoch)
-    modules = {"student": student, "projections": torch.nn.ParameterList(projections), "adamw": optimizer.optimizer}
+    It takes sentences and sources out of the cache, so that a large corpus does not stay in memory.
+    """
     facts = {f"--{name}": v for name, v in asdict(s).items() if name not in ("resume", "overwrite", "output", "device")}
     facts |= {"content of --teacher": identity(cache), "number of processes": processes()}
+    tokens, targets = tokenize(tokenizer, cache.pop("sentences"), s.max_length), cache["embeddings"]
+    domains = torch.from_numpy(np.unique(cache.pop("sources"), return_inverse=True)[1])
+    lengths, largest = np.diff(tokens[1]), 8 if student.device.type == "cpu" else s.batch_size  # a CPU gains by less padding
+
+    def fetch(batch):  # positions (N,) -> pieces of tokens (n, T), cached targets E^T (N, d_T), domains (N,)
+        batch = batch[np.argsort(lengths[batch], kind="stable")]  # no term of the loss sees the order in a batch
+        pieces = [pad(tokens, rows.tolist(), tokenizer.pad_token_id, student.device) for rows in batch.split(largest)]
+        teacher = to_device(targets[batch].float(), student.device) if s.lambda2 else None
+        return pieces, teacher, to_device(domains[batch], student.device)
+
+    steps_per_epoch = len(lengths) // (s.batch_size * processes())
+    projections, asam, scheduler = set_up(s, student, targets, s.epochs * steps_per_epoch)
+    modules = {"student": student, "projections": torch.nn.ParameterList(projections), "adamw": asam.optimizer}
     checkpoint = Checkpoint(f"{s.output}/checkpoint.pt", facts, modules | {"scheduler": scheduler})
     first_epoch, position = checkpoint.load(resumed) if resumed else checkpoint.save(0, 0)
     meter = Meter(s, steps_per_epoch, first_epoch, position, student.device)
     for epoch in range(first_epoch, s.epochs):
         student.train()
         meter.start()
-        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(s.seed + epoch)).split(s.batch_size)
-        torch.manual_seed(s.seed + 1000 * (epoch + 1) + rank())  # dropout: a resumed epoch draws the same, each process its own
-        for batch in order[rank() :: processes()][:steps_per_epoch]:  # a mini-batch B; an incomplete one is left out
-            values = training_step(student, projections, optimizer, *fetch(batch), s)
+        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed_of("order", s.seed, epoch)))
+        torch.manual_seed(seed_of("dropout", s.seed, epoch, rank()))  # a resumed epoch draws the same, each process its own
+        for batch in order.split(s.batch_size)[rank() :: processes()][:steps_per_epoch]:  # B; the incomplete last one is left out
+            values = training_step(student, projections, asam, *fetch(batch), s)
             meter.step(values, epoch + 1, scheduler.get_last_lr()[0])
             scheduler.step()
-        fixed = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).split(s.batch_size)
+        fixed = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).split(s.batch_size)[:steps_per_epoch]
         lambda_max = measure_sharpness(student, projections, map(fetch, fixed[:SHARPNESS_BATCHES]), s) if s.sharpness else None
         if not all(p.isfinite().all() for p in student.parameters()):
             fail(f"epoch {epoch + 1} left weights that are not finite; {ADVICE}")
-        meter.file.write(json.dumps({"end_of_epoch": epoch + 1, "step": meter.count, "lambda_max": lambda_max}) + "\n")
-        checkpoint.save(epoch + 1, meter.file.tell())
-    return projections, meter.cost()
+        checkpoint.save(epoch + 1, meter.write({"end_of_epoch": epoch + 1, "step": meter.count, "lambda_max": lambda_max}))
+    return projections, meter.cost() if rank() == 0 else {}
 
 
 class Meter:
     """The progress bar, the lines of metrics.jsonl, and at the end what the run cost (Table 3)."""
 
     def __init__(self, s, steps_per_epoch, first_epoch, position, device):
-        path = f"{s.output}/metrics.jsonl"
-        self.file = open(path, "a+", buffering=1, encoding="utf-8") if rank() == 0 else io.StringIO()
+        self.path = f"{s.output}/metrics.jsonl"
+        self.file = open(self.path, "a+", buffering=1, encoding="utf-8") if rank() == 0 else io.StringIO()
         self.file.truncate(position)  # what an interrupted epoch wrote is written again
         self.device, self.steps_per_epoch, self.count, self.window = device, steps_per_epoch, first_epoch * steps_per_epoch, []
         self.bar = progress(s.epochs * steps_per_epoch, "step", initial=self.count)
@@ -295,9 +297,15 @@ class Meter:
             fail(f"step {self.count - len(rows) + 1 + step}: {METRICS[which]} is not finite; {ADVICE}")
         means, ms = dict(zip(METRICS, rows.mean(0).tolist())), 1000 * (time.perf_counter() - self.clock) / len(rows)
         line = {"step": self.count, "epoch": epoch, **means, "lr": lr, "ms_per_step": ms, "memory_mb": memory_mb(self.device)}
-        self.file.write(json.dumps(line) + "\n")
+        self.write(line)
         self.bar.set_postfix({name: f"{means[name]:.4f}" for name in METRICS[:4]}, refresh=False)
         self.window, self.clock = [], time.perf_counter()
+
+    def write(self, line):
+        """Write a line of metrics.jsonl; returns where the next one begins."""
+        with writing(self.path):
+            self.file.write(json.dumps(line) + "\n")
+        return self.file.tell()
 
     def cost(self):
         """Table 3, from the lines: the median time of a step, without the first tenth, and the memory along the run."""
@@ -305,8 +313,8 @@ class Meter:
         self.file.seek(0)
         lines = [line for line in map(json.loads, self.file) if "ms_per_step" in line]
         sizes = [line["memory_mb"] for line in lines]
-        memory = {"mean_mb": statistics.fmean(sizes), "peak_mb": max(sizes), "std_mb": statistics.pstdev(sizes)}
-        return {"ms_per_step": statistics.median(line["ms_per_step"] for line in lines[len(lines) // 10 :])} | memory
+        speed = {"ms_per_step": statistics.median(line["ms_per_step"] for line in lines[len(lines) // 10 :])}
+        return speed | {"mean_mb": statistics.fmean(sizes), "peak_mb": max(sizes), "std_mb": statistics.pstdev(sizes)}
 
 
 def largest_hessian_eigenvalue(loss_fn, parameters, iterations=20, seed=0):
@@ -340,11 +348,11 @@ def largest_hessian_eigenvalue(loss_fn, parameters, iterations=20, seed=0):
 
 def measure_sharpness(student, projections, batches, s):
     """λ_max of the full training objective (Eq. 7) over fixed batches, without dropout."""
-    attention = student.config._attn_implementation
+    fused = student.config._attn_implementation
     student.eval().set_attn_implementation("eager")  # the fused kernels have no second derivative
     losses = [lambda batch=batch: total_loss(student, projections, *batch[:2], s)[0] for batch in batches]
     lambda_max = largest_hessian_eigenvalue(losses, [p for p in [*student.parameters(), *projections] if p.requires_grad])
-    student.set_attn_implementation(attention)
+    student.set_attn_implementation(fused)
     return lambda_max
 
 
@@ -386,16 +394,12 @@ def find_checkpoint(s):
 
 
 def save_student(s, cache, student, tokenizer, projections, cost):
-    """Write the student as transformers and sentence-transformers load it; each file is whole when it gets its place."""
+    """Write the student and the record of the run; each file is whole when it gets its place."""
     out, draft = Path(s.output), Path(s.output) / ".saving"
-    tokenizer.model_max_length = min(s.max_length, tokenizer.model_max_length)
-    student.save_pretrained(draft)
-    tokenizer.save_pretrained(draft)
-    declare_pooling(draft, s.pooling, student.config.hidden_size, tokenizer.model_max_length)
+    save_encoder(draft, student, tokenizer, s.pooling, s.max_length)
     torch.save([W.detach().cpu() for W in projections], draft / "projections.pt")
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
-    record = {"settings": asdict(s), "teacher": cache["teacher"], "corpus": cache["fingerprint"], "cost": cost}
-    (draft / "talas.json").write_text(json.dumps(record | {"versions": versions, "commit": code_commit()}, indent=2) + "\n")
+    record = {"settings": asdict(s), "teacher": cache["teacher"], "corpus": cache["fingerprint"], "cost": cost} | provenance()
+    (draft / "talas.json").write_text(json.dumps(record, indent=2) + "\n")
     move_files(draft, out)
     (out / "checkpoint.pt").unlink()
 
@@ -415,8 +419,7 @@ def main(argv=None):
     quiet()
     join_processes()
     s = parse_settings(argv)
-    s.device = str(pick_device(s.device))
-    resumed = find_checkpoint(s)
+    s.device, resumed = str(pick_device(s.device)), find_checkpoint(s)
     cache = load_cache(s.teacher) if s.lambda2 or s.teacher.endswith(".pt") else load_sentences(s.teacher)
     torch.manual_seed(s.seed % 2**63)  # torch takes no larger one; check() refuses it below, in one line
     if s.student == "tiny":
@@ -429,14 +432,15 @@ def main(argv=None):
         with writing(s.output):
             Path(s.output).mkdir(parents=True, exist_ok=True)
         projections, cost = train(s, cache, student.to(s.device), tokenizer, resumed)
-        with writing(s.output):
-            if rank() == 0:
+        if rank() == 0:
+            with writing(s.output):
                 save_student(s, cache, student, tokenizer, projections, cost)
     except KeyboardInterrupt:
         fail(f"interrupted; the same command with --resume goes on from the last whole epoch in {s.output}")
     except torch.OutOfMemoryError:
         fail(f"{s.device} is out of memory; try a smaller --batch_size or --max_length")
     print(", ".join(f"{name} {value:.1f}" for name, value in cost.items()), f"\nstudent saved to {s.output}")
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import json
 import os
 import socket
 import sys
+import time
+import traceback
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-for-bit equality, and forked processes, are the CPU's
@@ -15,8 +17,9 @@ from transformers import BertConfig, BertModel
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-SENTENCES = [f"The {who} {does} the {what} in the {where}." for who in ("cook", "nurse", "pilot", "clown") for does in ("sees", "paints")
-             for what in ("door", "boat", "rose") for where in ("garden", "harbour")]  # fmt: skip
+SCENES = [f"The {who} {does} the {what} in the {where}" for who in ("cook", "nurse", "pilot", "clown") for does in ("sees", "paints")
+          for what in ("door", "boat", "rose") for where in ("garden", "harbour")]  # fmt: skip
+SENTENCES = [scene + " and then home" * (i % 5) + "." for i, scene in enumerate(SCENES)]  # of five lengths
 
 
 @pytest.fixture
@@ -82,6 +85,8 @@ def start_process(action, **environment):
             os._exit(0)
         except SystemExit as stopped:
             os._exit(stopped.code)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(99)
     return pid
@@ -97,5 +102,15 @@ def in_two_processes(action):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    started = [start_process(action, RANK=rank, LOCAL_RANK=rank, **where) for rank in ("0", "1")]
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
+    started = {start_process(action, RANK=rank, LOCAL_RANK=rank, **where): int(rank) for rank in "01"}
+    codes, deadline = [None, None], time.monotonic() + 120
+    while None in codes:
+        time.sleep(0.05)
+        for pid, i in started.items():
+            if codes[i] is None and (status := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[i] = os.waitstatus_to_exitcode(status[1])
+        if time.monotonic() > deadline or any(codes):  # as torchrun does: if one fails, the others are stopped
+            for pid, i in started.items():
+                if codes[i] is None:
+                    os.kill(pid, 9)
+    return codes

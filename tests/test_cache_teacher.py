@@ -399,6 +399,30 @@ def test_long_sentences_are_cut_and_counted(tmp_path, bert, capsys):
     assert "1 of 3 sentences are longer than 64 tokens" in capsys.readouterr().out  # the model takes no more
 
 
+def test_a_corpus_longer_than_a_slice_of_tokenising(bert):
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    texts = [SENTENCES[i * i % 48] for i in range(2500)]
+    ids, starts = cache_teacher.tokenize(tokenizer, texts, 64)
+    assert len(starts) == 2501 and starts[-1] == len(ids)
+    for i in (0, 999, 1000, 1001, 2499):
+        assert ids[starts[i] : starts[i + 1]].tolist() == tokenizer(texts[i])["input_ids"]
+
+
+def test_padding_has_no_attention_and_rows_keep_their_order(bert):
+    tokens = cache_teacher.tokenize(AutoTokenizer.from_pretrained(bert), SENTENCES, 64)
+    batch = cache_teacher.pad(tokens, [4, 0, 9], 0, torch.device("cpu"))
+    lengths = [len(tokens[0][tokens[1][i] : tokens[1][i + 1]]) for i in (4, 0, 9)]
+    assert len(set(lengths)) == 2 and batch["attention_mask"].sum(1).tolist() == lengths
+    for row, mask, i in zip(batch["input_ids"], batch["attention_mask"], (4, 0, 9)):
+        assert row[mask.bool()].tolist() == tokens[0][tokens[1][i] : tokens[1][i + 1]].tolist()
+        assert mask.tolist() == sorted(mask.tolist(), reverse=True) and not row[~mask.bool()].any()
+
+
+def test_mean_pooling_in_half_precision_does_not_overflow():
+    hidden = torch.full((1, 256, 2), 300.0, dtype=torch.float16)
+    assert pool(hidden, torch.ones(1, 256), "mean").tolist() == [[300.0, 300.0]]
+
+
 def test_lines_end_at_newlines_only(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"text": "one\u2028line\x85 only"}\n', encoding="utf-8")
     assert cache_teacher.read_corpus(str(tmp_path / "c.jsonl"), 0)[0] == ["one\u2028line\x85 only"]

@@ -155,6 +155,12 @@ def batch(bert):
     )
 
 
+def test_eq6_simcse_is_finite_at_a_tiny_temperature():
+    z = torch.eye(2)  # exp(1 / 0.001) is more than a float holds
+    assert talas.simcse_loss(z, z, 0.001).item() == pytest.approx(0.0, abs=1e-6)
+    assert talas.simcse_loss(z, z.flip(0), 0.001).item() == pytest.approx(1000.0, rel=1e-5)
+
+
 def test_eq7_total_loss_is_the_weighted_sum_over_transformer_layers(batch):
     student, projections, tokens, teacher = batch
     s = Settings(lambda1=0.3, lambda2=0.5, lambda3=0.7, pooling="mean")
@@ -229,6 +235,33 @@ def test_bfloat16_changes_matrix_products_alone_and_only_in_training(batch, monk
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.02)
 
 
+def test_algorithm1_a_batch_holds_each_sentence_with_its_own_target_and_domain(tmp_path, bert, cache, monkeypatch):
+    """A batch is put in order of length: tokens, targets and domains must follow each other."""
+    learnt, tokenizer = load_cache(cache), AutoTokenizer.from_pretrained(bert)
+    target = {text: row for text, row in zip(learnt["sentences"], learnt["embeddings"])}
+    domain = {text: ["a", "b"].index(source) for text, source in zip(learnt["sentences"], learnt["sources"])}
+    seen, lengths = [], set()
+
+    def check(student, projections, asam, pieces, teacher, domains, s):
+        texts = []
+        for tokens in pieces:
+            assert tokens["attention_mask"].sum(1).max() == tokens["input_ids"].shape[1]  # no more padding than needed
+            for ids, mask in zip(tokens["input_ids"], tokens["attention_mask"]):
+                texts.append(ids[mask.bool()].tolist())
+                lengths.add(len(texts[-1]))
+        of_ids = {tuple(tokenizer(text)["input_ids"]): text for text in target}
+        names = [of_ids[tuple(ids)] for ids in texts]
+        seen.extend(names)
+        torch.testing.assert_close(teacher, torch.stack([target[name] for name in names]))
+        assert domains.tolist() == [domain[name] for name in names]
+        asam.optimizer.step()
+        return torch.zeros(5)
+
+    monkeypatch.setattr(talas, "training_step", check)
+    run("--teacher", cache, "--student", bert, "--output", tmp_path / "out", "--epochs", 1, "--batch_size", 12)
+    assert sorted(seen) == sorted(target) and len(lengths) == 5  # an epoch sees every sentence once
+
+
 # ------------------------------------------------------------------------------------------------- Eq. 2, ASAM
 
 
@@ -299,6 +332,17 @@ def test_algorithm1_w_is_restored_whatever_happened_to_the_gradients():
     asam.ascent_step()
     asam.descent_step()  # the gradient of the second pass got lost: nothing to step with
     assert torch.equal(w, before)
+
+
+def test_eq2_a_second_ascent_starts_from_w_again():
+    """A caller that skips a batch between the two passes loses nothing."""
+    w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    asam = ASAM(torch.optim.SGD([w], lr=0.0), rho=0.5)
+    for _ in range(2):
+        w.square().sum().backward()
+        asam.ascent_step()
+    asam.descent_step()
+    assert w.tolist() == [1.0, 2.0]
 
 
 def test_eq2_asam_without_a_gradient_stays():
@@ -660,10 +704,11 @@ def test_two_processes_draw_their_own_dropout_and_stay_together(tmp_path, bert, 
     seen, step = tmp_path / "seen", talas.training_step
 
     def watched(student, *rest):
+        dropout = torch.get_rng_state().sum().item()
         values = step(student, *rest)
         weights = sum(p.double().sum() for p in student.parameters()).item()
         with open(f"{seen}{cache_teacher.rank()}", "a") as file:
-            file.write(json.dumps([values[0].item(), weights]) + "\n")
+            file.write(json.dumps([dropout, weights]) + "\n")
         return values
 
     def train():
@@ -674,6 +719,18 @@ def test_two_processes_draw_their_own_dropout_and_stay_together(tmp_path, bert, 
     first, second = ([json.loads(line) for line in open(f"{seen}{rank}")] for rank in (0, 1))
     assert len(first) == len(second) == 6
     assert all(a[0] != b[0] and a[1] == b[1] for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("stop", [killed_in_the_middle_of_an_epoch, killed_in_the_middle_of_the_last_save])
+def test_two_processes_resume_as_one_does(tmp_path, bert, cache, stop):
+    flags = ["--teacher", cache, "--student", bert, "--epochs", 2, "--batch_size", 6, "--lr", 1e-3, "--output"]
+    assert in_two_processes(lambda: run(*flags, tmp_path / "whole")) == [0, 0]
+    assert -9 in in_two_processes(lambda: (stop(), run(*flags, tmp_path / "resumed")))
+    assert (tmp_path / "resumed" / "checkpoint.pt").exists()
+    assert in_a_process(lambda: run(*flags, tmp_path / "resumed", "--resume")) == 2  # one process is another run
+    assert in_two_processes(lambda: run(*flags, tmp_path / "resumed", "--resume")) == [0, 0]
+    whole, resumed = (tmp_path / name / "model.safetensors" for name in ("whole", "resumed"))
+    assert whole.read_bytes() == resumed.read_bytes()
 
 
 def test_resuming_with_another_cache_or_pooling_is_refused(tmp_path, bert, cache, ends_with_one_line):
