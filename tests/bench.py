@@ -30,7 +30,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import talas
-from cache_teacher import encode, fingerprint, load_cache, load_encoder, pick_device, pool, quiet, save
+from cache_teacher import encode, fingerprint, load_cache, load_encoder, memory_mb, mixed_precision, pick_device, pool, quiet, save
 
 STEPS, N = 14, 32  # steps of one timing, of which the first 4 do not count; sentences a step
 SIMCSE = {"lambda1": 1.0, "lambda2": 0.0, "lambda3": 0.0, "optimizer": "adamw"}
@@ -38,8 +38,9 @@ TAMD = {"lambda1": 0.0, "lambda3": 0.0, "optimizer": "adamw", "anchored_layers":
 
 
 def part_of(cache):
-    """As many sentences of a cache as one timing needs, evenly from all of it."""
+    """As many sentences of a cache as one timing needs, evenly from all of it, in a random order."""
     rows = torch.linspace(0, len(cache["sentences"]) - 1, STEPS * N).long()
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
     lists = {key: [cache[key][i] for i in rows] for key in ("sentences", "sources")}
     return cache | lists | {"embeddings": cache["embeddings"][rows]}
 
@@ -84,19 +85,23 @@ def ours(cache, student, device, **settings):
 
 
 def plain(cache, student, device, optimizer):
-    """Milliseconds a step the plain way: each batch tokenised when its turn comes, a forward pass a view, ASAM in a loop."""
+    """Milliseconds a step the plain way: each batch tokenised when its turn comes, a forward pass a view, ASAM in a loop.
+
+    The losses, AdamW's kernel and the precision are those of talas.py.
+    """
     model, tokenizer, pooling = quietly_load(student)
     model.to(device).train()
     s, ticks = talas.Settings(), []
     d_S, d_T = model.config.hidden_size, cache["embeddings"].shape[1]
     projections = [torch.nn.Parameter(1e-3 * torch.randn(d_S, d_T, device=device)) for _ in range(2)]
     parameters = [*model.parameters(), *projections]
-    adamw = torch.optim.AdamW(parameters, lr=s.lr)
+    adamw = torch.optim.AdamW(parameters, lr=s.lr, fused=True)
 
     def loss():
         texts = cache["sentences"][start : start + N]
         tokens = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt").to(device)
-        views = [model(**tokens, output_hidden_states=True).hidden_states[1:] for _ in range(2)]
+        with mixed_precision(device):
+            views = [model(**tokens, output_hidden_states=True).hidden_states[1:] for _ in range(2)]
         first, second = ([pool(h, tokens["attention_mask"], pooling) for h in view] for view in views)
         teacher = cache["embeddings"][start : start + N].to(device)
         simcse = talas.simcse_loss(first[-1], second[-1], s.temperature)
@@ -140,7 +145,7 @@ def trainer(cache, student, device):
     with tempfile.TemporaryDirectory() as output, open(os.devnull, "w") as null, redirect_stdout(null):
         arguments = SentenceTransformerTrainingArguments(
             output_dir=output, per_device_train_batch_size=N, num_train_epochs=1, report_to=[], disable_tqdm=True,
-            save_strategy="no", use_cpu=device.type == "cpu", dataloader_pin_memory=device.type != "cpu",
+            save_strategy="no", bf16=mixed_precision(device)._enabled, use_cpu=device.type == "cpu", dataloader_pin_memory=device.type != "cpu",
         )  # fmt: skip
         loss = EmbedDistillLoss(model, projection_dim=cache["embeddings"].shape[1])
         data = Dataset.from_dict(rows)
@@ -158,7 +163,8 @@ def embedding(cache, name, device, library):
         call = lambda texts: model.encode(texts, batch_size=N, show_progress_bar=False)
     else:
         model, tokenizer, pooling = quietly_load(name)
-        call = lambda texts: encode(model.to(device), tokenizer, texts, pooling, 256, N)
+        part = f"{tempfile.mkdtemp()}/part"  # as cache_teacher.py does it, kept in a file on the way
+        call = lambda texts: encode(model.to(device), tokenizer, texts, pooling, 256, N, part=f"{part}{len(texts)}")
     call(sentences[:N])
     start = time.perf_counter()
     call(sentences)
@@ -179,7 +185,7 @@ def peak_memory(cache, student, device, optimizer):
 
 
 def training_memory(folder, sentences, student, device):
-    """Megabytes of a training process in its thirtieth step, on a generated cache of so many sentences."""
+    """Megabytes of resident memory of a training process in its thirtieth step, on a generated cache of so many sentences."""
     steps, step = [], talas.training_step
 
     def stop(*args):
@@ -193,7 +199,7 @@ def training_memory(folder, sentences, student, device):
     try:
         talas.main(["--teacher", f"{output}.pt", "--student", student, "--output", output, "--device", str(device)])
     except SystemExit:
-        return json.loads(Path(output, "metrics.jsonl").read_text().splitlines()[-1])["memory_mb"]
+        return memory_mb(torch.device("cpu"))  # of the process, with an accelerator too
 
 
 def generate(folder, count, like):
@@ -201,7 +207,7 @@ def generate(folder, count, like):
     words, draw = sorted({w for sentence in like["sentences"][:5000] for w in sentence.split()}), random.Random(0)
     sentences = [f"{i} " + " ".join(draw.choices(words, k=12)) for i in range(count)]
     embeddings = torch.randn(count, 384, generator=torch.Generator().manual_seed(0))
-    about = {"sentences": sentences, "sources": ["made-up"] * count, "fingerprint": fingerprint(sentences)}
+    about = {"sentences": sentences, "sources": [f"made-up {i % 3}" for i in range(count)], "fingerprint": fingerprint(sentences)}
     save(f"{folder}/{count}.pt", like | about | {"embeddings": embeddings})
 
 
@@ -212,8 +218,8 @@ def apart(function, *args):
 
 
 def in_turn(name, target, a, b, rounds):
-    """A row: the median of a() / b() over rounds that take turns."""
-    pairs = [(a(), b()) for _ in range(rounds)]
+    """A row: the median of a() / b() over rounds that take turns, the second first in every other one."""
+    pairs = [(a(), b()) if i % 2 == 0 else (b(), a())[::-1] for i in range(rounds)]
     row = {"name": name, "target": target, "ratio": statistics.median(x / y for x, y in pairs), "rounds": pairs}
     print(f"{name}: {row['ratio']:.2f} (target {target}), {pairs}", file=sys.stderr)
     return row
