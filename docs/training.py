@@ -1,7 +1,7 @@
 """Draws training.svg from the metrics.jsonl of runs (README, "A real distillation"); the first is AdamW's, then ASAM's:
 
     pip install matplotlib==3.11.2
-    python docs/training.py talas-adamw talas-rho0.05 talas-rho0.5 talas-rho1 talas-rho2
+    python docs/training.py real-STL real-STL-A real-rho1 real-rho2
 """
 
 import json
