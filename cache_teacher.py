@@ -78,7 +78,9 @@ def join_processes():
             fail(f"torchrun started more processes than the {devices} devices here; lower --nproc_per_node")
         if devices:
             torch.accelerator.set_device_index(local)
-        torch.distributed.init_process_group(timeout=timedelta(hours=12))  # one may have much more left to cache than another
+        torch.distributed.init_process_group(
+            timeout=timedelta(hours=12)
+        )  # one may have much more left to cache than another
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -521,7 +523,9 @@ def load_teacher(args, texts, rows, kept):
         return lambda positions, **_: array[[kept[i] for i in positions]], "none"
     model, tokenizer, pooling = load_encoder(args.teacher, args.pooling, DTYPES[args.dtype])
     model.to(pick_device(args.device))
-    weights = [p.detach().flatten()[:8].tolist() for p in model.parameters()]  # tells one model of that name from another
+    weights = [
+        p.detach().flatten()[:8].tolist() for p in model.parameters()
+    ]  # tells one model of that name from another
     key = fingerprint([*texts, args.teacher, pooling, args.max_length, args.batch_size, args.dtype, weights])[:16]
 
     def embed(positions, resumable=False):

@@ -258,8 +258,8 @@ def the_same(*paths):
 
 def killed_at_batch(number):
     batches, pad = [], cache_teacher.pad
-    cache_teacher.pad = lambda *args: batches.append(0) or (
-        os.kill(os.getpid(), 9) if len(batches) == number else pad(*args)
+    cache_teacher.pad = lambda *args: (
+        batches.append(0) or (os.kill(os.getpid(), 9) if len(batches) == number else pad(*args))
     )
 
 

@@ -266,7 +266,12 @@ MISTAKES = [  # (task, test rows, train rows, words of the answer)
         [{"text": "a", "label": i} for i in (0, 1)],
         ["train lacks", "7"],
     ),
-    ("emotion", [{"text": "a", "label": i} for i in (0, 1)], [PAIR | {"label": i} for i in (0, 1)], ["columns of test"]),
+    (
+        "emotion",
+        [{"text": "a", "label": i} for i in (0, 1)],
+        [PAIR | {"label": i} for i in (0, 1)],
+        ["columns of test"],
+    ),
     ("emotion", [{"text": None, "label": 0}, {"text": "b", "label": 7}], None, ["row 1", "text"]),
 ]
 
