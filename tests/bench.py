@@ -145,7 +145,8 @@ def trainer(cache, student, device):
     with tempfile.TemporaryDirectory() as output, open(os.devnull, "w") as null, redirect_stdout(null):
         arguments = SentenceTransformerTrainingArguments(
             output_dir=output, per_device_train_batch_size=N, num_train_epochs=1, report_to=[], disable_tqdm=True,
-            save_strategy="no", bf16=mixed_precision(device)._enabled, use_cpu=device.type == "cpu", dataloader_pin_memory=device.type != "cpu",
+            save_strategy="no", use_cpu=device.type == "cpu", dataloader_pin_memory=device.type != "cpu",
+            bf16=mixed_precision(device)._enabled,
         )  # fmt: skip
         loss = EmbedDistillLoss(model, projection_dim=cache["embeddings"].shape[1])
         data = Dataset.from_dict(rows)
