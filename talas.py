@@ -197,10 +197,7 @@ class ASAM:
 
 # ----------------------------------------------------------------------------------------------------- Algorithm 1
 def training_step(student, projections, asam, pieces, teacher, domains, s):
-    """One step of Algorithm 1 on a batch: w moves. Returns what METRICS names, (5,), without gradient.
-
-    With several processes each has a batch of its own, and the gradients are those of their mean loss.
-    """
+    """One step of Algorithm 1: w moves. Returns what METRICS names, (5,). Gradients are those of the processes' mean loss."""
     objective = lambda reduction="mean": total_loss(student, projections, pieces, teacher, s, reduction)
     random = random_state(student.device)
     loss, terms = objective("none" if s.optimizer == "disam" else "mean")
