@@ -253,8 +253,8 @@ def train(s, cache, student, tokenizer, resumed=None):
     for epoch in range(first_epoch, s.epochs):
         student.train()
         meter.start()
-        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed_of("order", s.seed, epoch)))
-        torch.manual_seed(seed_of("dropout", s.seed, epoch, rank()))  # a resumed epoch draws the same, each process its own
+        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed_of(s.seed, epoch, "order")))
+        torch.manual_seed(seed_of(s.seed, epoch, rank(), "dropout"))  # a resumed epoch draws the same, each process its own
         for batch in order.split(s.batch_size)[rank() :: processes()][:steps_per_epoch]:  # B; the incomplete last one is left out
             values = training_step(student, projections, asam, *fetch(batch), s)
             meter.step(values, epoch + 1, scheduler.get_last_lr()[0])
