@@ -78,9 +78,8 @@ def join_processes():
             fail(f"torchrun started more processes than the {devices} devices here; lower --nproc_per_node")
         if devices:
             torch.accelerator.set_device_index(local)
-        torch.distributed.init_process_group(
-            timeout=timedelta(hours=12)
-        )  # one may have much more left to cache than another
+        # patient, because one process may have much more left to cache than another
+        torch.distributed.init_process_group(timeout=timedelta(hours=12))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -529,6 +528,7 @@ def load_teacher(args, texts, rows, kept):
     key = fingerprint([*texts, args.teacher, pooling, args.max_length, args.batch_size, args.dtype, weights])[:16]
 
     def embed(positions, resumable=False):
+        """What the model gives for the texts at these positions, kept on disk while it works if `resumable`."""
         part = f"{args.output}.part-{key}" if resumable else None
         of_these, name = [texts[i] for i in positions], Path(args.teacher).name
         return encode(model, tokenizer, of_these, pooling, args.max_length, args.batch_size, name, part)
@@ -751,6 +751,7 @@ def main(argv=None):
             fail(
                 f"{args.output} holds something else ({len(old['sentences'])} sentences, {old['teacher']}); --overwrite replaces it"
             )
+        leave_processes()
         return print(f"{args.output} holds this already; kept as it is")
     start = time.perf_counter()
     try:

@@ -108,7 +108,7 @@ def embed(student, pieces, pooling, views=1):
     """
     pooled = []
     for tokens in pieces:
-        tokens = {name: t.repeat_interleave(views, dim=0) for name, t in tokens.items()}  # a sentence's views: rows in a row
+        tokens = {name: t.repeat_interleave(views, dim=0) for name, t in tokens.items()}  # a sentence's views side by side
         with mixed_precision(student.device, student.training):
             hidden = student(**tokens, output_hidden_states=True).hidden_states[1:]  # L of (n * views, T, d_S); [0] is no layer
         pooled.append([pool(h.to(student.dtype), tokens["attention_mask"], pooling) for h in hidden])
@@ -259,8 +259,10 @@ def train(s, cache, student, tokenizer, resumed=None):
             values = training_step(student, projections, asam, *fetch(batch), s)
             meter.step(values, epoch + 1, scheduler.get_last_lr()[0])
             scheduler.step()
-        fixed = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).split(s.batch_size)[:steps_per_epoch]
-        lambda_max = measure_sharpness(student, projections, map(fetch, fixed[:SHARPNESS_BATCHES]), s) if s.sharpness else None
+        lambda_max = None
+        if s.sharpness:
+            fixed = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).split(s.batch_size)[:steps_per_epoch]
+            lambda_max = measure_sharpness(student, projections, map(fetch, fixed[:SHARPNESS_BATCHES]), s)
         if not all(p.isfinite().all() for p in student.parameters()):
             fail(f"epoch {epoch + 1} left weights that are not finite; {ADVICE}")
         checkpoint.save(epoch + 1, meter.write({"end_of_epoch": epoch + 1, "step": meter.count, "lambda_max": lambda_max}))
