@@ -70,7 +70,14 @@ RARE = {  # many rare words: distractors that no scene explains
     "while": "everybody sleeps|thunder rumbles|children laugh|dogs bark|birds sing|traffic roars|phones ring|snow falls|leaves rustle|"
     "crowds cheer|engines hum|bees buzz|cats quarrel|kids giggle|strangers whisper|lights flicker",
 }
-OPENINGS = ["it is said that", "there is a rumour that", "as expected,", "according to the news,", "one winter day,", "in short,"]
+OPENINGS = [
+    "it is said that",
+    "there is a rumour that",
+    "as expected,",
+    "according to the news,",
+    "one winter day,",
+    "in short,",
+]
 
 FORMS = {  # {p}erson, {v}erb present, {ed} past, {ing}, {o}bject, {l}ocation
     "active": "{p} {v} {o} {l}",
@@ -88,7 +95,11 @@ NEGATED = {"active": "{p} never {v} {o} {l}", "past": "{p} never {ed} {o} {l}", 
            "relative": "{p} who is {l} never {v} {o}", "cleft": "it is not {o} that {p} {v} {l}",
            "existential": "there is {p} {l} not {ing} {o}", "object relative": "{l} is {o} that is not {ed} by {p}"}  # fmt: skip
 NEW_FORMS = ["cleft", "existential", "object relative"]
-SOURCES = {"topics": ["active", "past", "fronted", "relative"], "paraphrases": list(FORMS)[:6], "captions": ["progressive", "passive", "fronted"]}
+SOURCES = {
+    "topics": ["active", "past", "fronted", "relative"],
+    "paraphrases": list(FORMS)[:6],
+    "captions": ["progressive", "passive", "fronted"],
+}
 
 
 def parse_world():
@@ -98,7 +109,9 @@ def parse_world():
     for name, people, actions, objects, places in zip(*(lines[i::5] for i in range(5))):
         split = lambda text: [concept.split("/") for concept in text.strip().split(", ")]
         verbs = [action.split() for action in actions.strip().split(", ")]
-        (person_is, people), (object_is, objects), (at, places) = (line.strip().split(": ") for line in (people, objects, places))
+        (person_is, people), (object_is, objects), (at, places) = (
+            line.strip().split(": ") for line in (people, objects, places)
+        )
         topics.append({
             "name": name, "person": split(people), "object": split(objects), "place": split(places),
             "action": [(verb.split("/"), [int(i) for i in where]) for verb, *where in verbs],
@@ -129,7 +142,10 @@ def change(rng, scene, slots, new):
     """The scene with exactly these slots changed, within its topic. Raises LookupError where the world has no such scene."""
     for _ in range(200):
         other = draw_scene(rng, new, scene["topic"])
-        if all((other[slot] != scene[slot]) == (slot in slots) for slot in ("person", "action", "object", "place")):
+        if all(
+            (other[slot] != scene[slot]) == (slot in slots)
+            for slot in ("person", "action", "object", "place")
+        ):
             return other | {"negated": scene["negated"]}
     raise LookupError
 
@@ -151,9 +167,14 @@ def say(rng, scene, forms):
         noun[slot] = world[f"{slot}_is"] if rng.random() < 0.05 else rng.choice(synonyms)
     noun["place"] = rng.choice(world["place"][scene["place"]])
     verb, past, progressive = inflect(rng.choice(world["action"][scene["action"]][0]))
-    person, thing, place = (rng.choice(["the", "the", "a" if word[0] not in "aeiou" else "an"]) + " " + word for word in noun.values())
+    person, thing, place = (
+        rng.choice(["the", "the", "a" if word[0] not in "aeiou" else "an"]) + " " + word
+        for word in noun.values()
+    )
     template = (NEGATED if scene["negated"] else FORMS)[rng.choice(forms)]
-    sentence = template.format(p=person, v=verb, ed=past, ing=progressive, o=thing, l=f"{world['at']} {place}")
+    sentence = template.format(
+        p=person, v=verb, ed=past, ing=progressive, o=thing, l=f"{world['at']} {place}"
+    )
     if rng.random() < 0.5:
         start = rng.choice(list(DETAILS))
         sentence += f" {start} {rng.choice(DETAILS[start])}"
@@ -176,9 +197,13 @@ def draw_pair(rng, new, changes):
     while True:
         scene = draw_scene(rng, new)
         if changes == 5:
-            return scene, draw_scene(rng, new, rng.choice([t for t in range(len(TOPICS)) if t != scene["topic"]]))
+            return scene, draw_scene(
+                rng, new, rng.choice([t for t in range(len(TOPICS)) if t != scene["topic"]])
+            )
         try:
-            return scene, change(rng, scene, rng.sample(["person", "action", "object", "place"], changes), new)
+            return scene, change(
+                rng, scene, rng.sample(["person", "action", "object", "place"], changes), new
+            )
         except LookupError:
             continue  # an action and its only object cannot change apart
 
@@ -203,7 +228,10 @@ def paraphrases(rng, say_new, new, rows):
 def graded(rng, say_new, new, rows):
     """Graded similarity: rows of {sentence1, sentence2, score}."""
     pairs = [draw_pair(rng, new, rng.choice([0, 1, 2, 2, 3, 3, 4, 5])) for _ in range(rows)]
-    return [{"sentence1": say_new(a), "sentence2": say_new(b), "score": similarity(a, b)} for a, b in pairs]
+    return [
+        {"sentence1": say_new(a), "sentence2": say_new(b), "score": similarity(a, b)}
+        for a, b in pairs
+    ]
 
 
 def write(path, rows):
@@ -238,9 +266,13 @@ def main(out=Path(__file__).parent, sentences=6000):
     while len(corpus) < sentences:
         source = list(SOURCES)[len(corpus) % len(SOURCES)]
         corpus.setdefault(say(rng, draw_scene(rng, new=False), SOURCES[source]), source)
-    write(out / "corpus.jsonl", [{"text": text, "source": source} for text, source in corpus.items()])
+    write(
+        out / "corpus.jsonl", [{"text": text, "source": source} for text, source in corpus.items()]
+    )
     write_tasks(out, rng, corpus)
-    (out / "tasks.json").write_text(json.dumps({"in_domain": ["topics", "paraphrases", "captions"]}) + "\n")
+    (out / "tasks.json").write_text(
+        json.dumps({"in_domain": ["topics", "paraphrases", "captions"]}) + "\n"
+    )
 
 
 if __name__ == "__main__":

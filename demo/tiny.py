@@ -4,6 +4,8 @@ import torch
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertModel, BertTokenizer
 
+from support.encoder import Encoder
+
 # What a student from scratch needs instead of the paper's settings, which move a pretrained student a little.
 SETTINGS = {"lr": 5e-3, "epochs": 1}
 SIZES = {
@@ -16,15 +18,19 @@ SIZES = {
 VOCABULARY = 4000
 
 
-def tiny_student(sentences, seed, pooling="auto"):
-    """(model, tokenizer, pooling): random weights, and a WordPiece vocabulary of the sentences' own; [CLS] unless asked."""
+def tiny_student(sentences, seed, pooling="auto", max_length=256, device="cpu"):
+    """An Encoder: random weights, a WordPiece vocabulary of the sentences' own; [CLS] unless asked."""
     wordpiece = BertWordPieceTokenizer()
     letters = sorted(set(wordpiece.normalize("".join(sentences))) - {" "})
-    # naming the "##" letters up front fixes the trainer's order, which otherwise changes from run to run
+    # naming the "##" letters fixes the trainer's order, which otherwise changes from run to run
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"##{letter}" for letter in letters)]
-    wordpiece.train_from_iterator(sentences, VOCABULARY, special_tokens=special, show_progress=False)
+    wordpiece.train_from_iterator(
+        sentences, VOCABULARY, special_tokens=special, show_progress=False
+    )
     tokenizer = BertTokenizer(vocab=wordpiece.get_vocab(), model_max_length=512)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BertModel(BertConfig(vocab_size=len(tokenizer), **SIZES))
-    return model, tokenizer, "cls" if pooling == "auto" else pooling
+    pooling, limit = "cls" if pooling == "auto" else pooling, min(max_length, 512)
+    widths = (SIZES["hidden_size"],) * SIZES["num_hidden_layers"]
+    return Encoder(model.to(device), tokenizer, pooling, limit, widths)

@@ -1,7 +1,7 @@
 """Draws training.svg from the metrics.jsonl of runs (README, "A real distillation"); the first is AdamW's, then ASAM's:
 
-    pip install matplotlib==3.11.2
-    python docs/training.py real-STL real-STL-A real-rho1 real-rho2
+pip install matplotlib==3.11.2
+python docs/training.py real-STL real-STL-A real-rho1 real-rho2
 """
 
 import json
@@ -14,9 +14,20 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 GREY = "#7d8590"  # the lines and letters: readable on white and on black
-plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "talas", "font.family": "sans-serif", "font.size": 9}
-plt.rcParams |= {name: GREY for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
-lines = [[json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()] for run in sys.argv[1:]]
+plt.rcParams |= {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "talas",
+    "font.family": "sans-serif",
+    "font.size": 9,
+}
+plt.rcParams |= {
+    name: GREY
+    for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+}
+lines = [
+    [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    for run in sys.argv[1:]
+]
 rho = [json.loads(Path(run, "talas.json").read_text())["settings"]["rho"] for run in sys.argv[1:]]
 labels = ["AdamW", *(f"ρ = {value:g}" for value in rho[1:])]
 colours = [GREY, "#e0b050", "#e08a3c", "#d9603b", "#b8405e", "#8a3a8f"]
@@ -24,7 +35,11 @@ colours = [GREY, "#e0b050", "#e08a3c", "#d9603b", "#b8405e", "#8a3a8f"]
 figure, (terms, gap, flatness) = plt.subplots(1, 3, figsize=(9.6, 3), layout="constrained")
 steps = lambda run, key: zip(*((line["step"], line[key]) for line in run if key in line))
 for name, colour in {"tamd": "#4a90d9", "simcse": "#9a6dd7", "lasd": "#3a9d5d"}.items():
-    terms.plot(*steps(lines[1], name), color=colour, label={"tamd": "TAMD", "simcse": "SimCSE", "lasd": "LASD"}[name])
+    terms.plot(
+        *steps(lines[1], name),
+        color=colour,
+        label={"tamd": "TAMD", "simcse": "SimCSE", "lasd": "LASD"}[name],
+    )
 terms.set(title="The three terms", yscale="log", xlabel="step")
 for run, label, colour in zip(lines[1:], labels[1:], colours[1:]):
     gap.plot(*steps(run, "sharpness_gap"), color=colour, label=label)

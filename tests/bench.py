@@ -30,7 +30,18 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import talas
-from cache_teacher import encode, fingerprint, load_cache, load_encoder, memory_mb, mixed_precision, pick_device, pool, quiet, save
+from cache_teacher import (
+    encode,
+    fingerprint,
+    load_cache,
+    load_encoder,
+    memory_mb,
+    mixed_precision,
+    pick_device,
+    pool,
+    quiet,
+    save,
+)
 
 STEPS, N = 14, 32  # steps of one timing, of which the first 4 do not count; sentences a step
 SIMCSE = {"lambda1": 1.0, "lambda2": 0.0, "lambda3": 0.0, "optimizer": "adamw"}
@@ -75,7 +86,9 @@ def ours(cache, student, device, **settings):
         return values
 
     with tempfile.TemporaryDirectory() as output:
-        s = talas.Settings(student=student, output=output, epochs=1, batch_size=N, pooling=pooling, **settings)
+        s = talas.Settings(
+            student=student, output=output, epochs=1, batch_size=N, pooling=pooling, **settings
+        )
         talas.training_step = timed
         try:
             talas.train(s, dict(cache), model.to(device), tokenizer)
@@ -93,19 +106,29 @@ def plain(cache, student, device, optimizer):
     model.to(device).train()
     s, ticks = talas.Settings(), []
     d_S, d_T = model.config.hidden_size, cache["embeddings"].shape[1]
-    projections = [torch.nn.Parameter(1e-3 * torch.randn(d_S, d_T, device=device)) for _ in range(2)]
+    projections = [
+        torch.nn.Parameter(1e-3 * torch.randn(d_S, d_T, device=device)) for _ in range(2)
+    ]
     parameters = [*model.parameters(), *projections]
     adamw = torch.optim.AdamW(parameters, lr=s.lr, fused=True)
 
     def loss():
         texts = cache["sentences"][start : start + N]
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt").to(device)
+        tokens = tokenizer(
+            texts, padding=True, truncation=True, max_length=256, return_tensors="pt"
+        ).to(device)
         with mixed_precision(device):
             views = [model(**tokens, output_hidden_states=True).hidden_states[1:] for _ in range(2)]
-        first, second = ([pool(h, tokens["attention_mask"], pooling) for h in view] for view in views)
+        first, second = (
+            [pool(h, tokens["attention_mask"], pooling) for h in view] for view in views
+        )
         teacher = cache["embeddings"][start : start + N].to(device)
         simcse = talas.simcse_loss(first[-1], second[-1], s.temperature)
-        return s.lambda1 * simcse + s.lambda2 * talas.tamd_loss(first[-2:], projections, teacher) + talas.lasd_loss(first)
+        return (
+            s.lambda1 * simcse
+            + s.lambda2 * talas.tamd_loss(first[-2:], projections, teacher)
+            + talas.lasd_loss(first)
+        )
 
     for start in range(0, STEPS * N, N):
         loss().backward()
@@ -130,7 +153,11 @@ def plain(cache, student, device, optimizer):
 def trainer(cache, student, device):
     """Milliseconds a step of sentence-transformers' trainer with its embedding-distillation loss on the same targets."""
     from datasets import Dataset
-    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
     from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
     from transformers import TrainerCallback
 
@@ -142,7 +169,11 @@ def trainer(cache, student, device):
 
     model = SentenceTransformer(student, device=str(device))
     rows = {"sentence": cache["sentences"], "label": cache["embeddings"].tolist()}
-    with tempfile.TemporaryDirectory() as output, open(os.devnull, "w") as null, redirect_stdout(null):
+    with (
+        tempfile.TemporaryDirectory() as output,
+        open(os.devnull, "w") as null,
+        redirect_stdout(null),
+    ):
         arguments = SentenceTransformerTrainingArguments(
             output_dir=output, per_device_train_batch_size=N, num_train_epochs=1, report_to=[], disable_tqdm=True,
             save_strategy="no", use_cpu=device.type == "cpu", dataloader_pin_memory=device.type != "cpu",
@@ -150,7 +181,9 @@ def trainer(cache, student, device):
         )  # fmt: skip
         loss = EmbedDistillLoss(model, projection_dim=cache["embeddings"].shape[1])
         data = Dataset.from_dict(rows)
-        SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=loss, callbacks=[Clock()]).train()
+        SentenceTransformerTrainer(
+            model, arguments, train_dataset=data, loss=loss, callbacks=[Clock()]
+        ).train()
     return milliseconds(ticks)
 
 
@@ -164,8 +197,12 @@ def embedding(cache, name, device, library):
         call = lambda texts: model.encode(texts, batch_size=N, show_progress_bar=False)
     else:
         model, tokenizer, pooling = quietly_load(name)
-        part = f"{tempfile.mkdtemp()}/part"  # as cache_teacher.py does it, kept in a file on the way
-        call = lambda texts: encode(model.to(device), tokenizer, texts, pooling, 256, N, part=f"{part}{len(texts)}")
+        part = (
+            f"{tempfile.mkdtemp()}/part"  # as cache_teacher.py does it, kept in a file on the way
+        )
+        call = lambda texts: encode(
+            model.to(device), tokenizer, texts, pooling, 256, N, part=f"{part}{len(texts)}"
+        )
     call(sentences[:N])
     start = time.perf_counter()
     call(sentences)
@@ -182,7 +219,9 @@ def peak_memory(cache, student, device, optimizer):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         ours(cache, student, device, optimizer=optimizer)
     events = sorted(watched.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    return max(
+        itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]")
+    )
 
 
 def training_memory(folder, sentences, student, device):
@@ -198,17 +237,35 @@ def training_memory(folder, sentences, student, device):
     talas.training_step = stop
     output = f"{folder}/{sentences}"
     try:
-        talas.main(["--teacher", f"{output}.pt", "--student", student, "--output", output, "--device", str(device)])
+        talas.main(
+            [
+                "--teacher",
+                f"{output}.pt",
+                "--student",
+                student,
+                "--output",
+                output,
+                "--device",
+                str(device),
+            ]
+        )
     except SystemExit:
         return memory_mb(torch.device("cpu"))  # of the process, with an accelerator too
 
 
 def generate(folder, count, like):
     """Write a cache of made-up sentences of the same words and random embeddings."""
-    words, draw = sorted({w for sentence in like["sentences"][:5000] for w in sentence.split()}), random.Random(0)
+    words, draw = (
+        sorted({w for sentence in like["sentences"][:5000] for w in sentence.split()}),
+        random.Random(0),
+    )
     sentences = [f"{i} " + " ".join(draw.choices(words, k=12)) for i in range(count)]
     embeddings = torch.randn(count, 384, generator=torch.Generator().manual_seed(0))
-    about = {"sentences": sentences, "sources": [f"made-up {i % 3}" for i in range(count)], "fingerprint": fingerprint(sentences)}
+    about = {
+        "sentences": sentences,
+        "sources": [f"made-up {i % 3}" for i in range(count)],
+        "fingerprint": fingerprint(sentences),
+    }
     save(f"{folder}/{count}.pt", like | about | {"embeddings": embeddings})
 
 
@@ -221,7 +278,12 @@ def apart(function, *args):
 def in_turn(name, target, a, b, rounds):
     """A row: the median of a() / b() over rounds that take turns, the second first in every other one."""
     pairs = [(a(), b()) if i % 2 == 0 else (b(), a())[::-1] for i in range(rounds)]
-    row = {"name": name, "target": target, "ratio": statistics.median(x / y for x, y in pairs), "rounds": pairs}
+    row = {
+        "name": name,
+        "target": target,
+        "ratio": statistics.median(x / y for x, y in pairs),
+        "rounds": pairs,
+    }
     print(f"{name}: {row['ratio']:.2f} (target {target}), {pairs}", file=sys.stderr)
     return row
 
@@ -233,9 +295,19 @@ def speed(args, device):
     old = lambda optimizer: lambda: plain(cache, args.student, device, optimizer)
     rows = [
         ("ASAM step / AdamW step, same losses", "<= 2.0", step(), step(optimizer="adamw")),
-        ("TALAS step without ASAM / SimCSE step", "<= 1.15", step(optimizer="adamw"), step(**SIMCSE)),
+        (
+            "TALAS step without ASAM / SimCSE step",
+            "<= 1.15",
+            step(optimizer="adamw"),
+            step(**SIMCSE),
+        ),
         ("TALAS step / the same the plain way", "<= 0.8", step(), old("asam")),
-        ("TALAS step without ASAM / the same the plain way", "<= 0.8", step(optimizer="adamw"), old("adamw")),
+        (
+            "TALAS step without ASAM / the same the plain way",
+            "<= 0.8",
+            step(optimizer="adamw"),
+            old("adamw"),
+        ),
     ]
     if find_spec("sentence_transformers"):
         embed = lambda library: lambda: embedding(cache, args.encoder, device, library)
@@ -251,13 +323,19 @@ def memory(args, device):
     """The rows of memory."""
     size = sum(4 * p.numel() for p in quietly_load(args.student)[0].parameters())
     cache = part_of(load_cache(args.cache))
-    extra = (peak_memory(cache, args.student, device, "asam") - peak_memory(cache, args.student, device, "adamw")) / size
+    extra = (
+        peak_memory(cache, args.student, device, "asam")
+        - peak_memory(cache, args.student, device, "adamw")
+    ) / size
     name = "Extra peak memory of ASAM / bytes of the weights"
     rows = [{"name": name, "target": "<= 1.1", "ratio": extra, "rounds": [extra]}]
     with tempfile.TemporaryDirectory() as folder:
         for count in (10_000, 1_000_000):
             generate(folder, count, load_cache(args.cache))
-        use = [apart(training_memory, folder, count, args.student, device) for count in (1_000_000, 10_000)]
+        use = [
+            apart(training_memory, folder, count, args.student, device)
+            for count in (1_000_000, 10_000)
+        ]
     name = "Memory of training, 1,000,000 sentences / 10,000"
     return [*rows, {"name": name, "target": "1.0", "ratio": use[0] / use[1], "rounds": [use]}]
 
@@ -267,9 +345,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cache", default="teacher.pt", help="cache_teacher.py's embeddings")
     parser.add_argument("--student", default="student", help="directory of the student to train")
-    parser.add_argument("--encoder", default="student", help="directory of the model to embed sentences with")
+    parser.add_argument(
+        "--encoder", default="student", help="directory of the model to embed sentences with"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="how often each pair takes turns")
-    parser.add_argument("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
+    parser.add_argument(
+        "--device", default="auto", help="auto: the accelerator if there is one, else cpu"
+    )
     parser.add_argument("--json", default="bench.json", help="file for the results")
     args = parser.parse_args()
     quiet()
@@ -278,9 +360,20 @@ def main():
     print("| what | ratio | target |\n| --- | ---: | ---: |")
     for row in rows:
         print(f"| {row['name']} | {row['ratio']:.2f} | {row['target']} |")
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    about = {"date": str(date.today()), "device": machine, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    Path(args.json).write_text(json.dumps(about | {"arguments": vars(args), "rows": rows}, indent=1) + "\n")
+    machine = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    about = {
+        "date": str(date.today()),
+        "device": machine,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    Path(args.json).write_text(
+        json.dumps(about | {"arguments": vars(args), "rows": rows}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

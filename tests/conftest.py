@@ -19,7 +19,9 @@ sys.path.insert(0, str(ROOT))
 
 SCENES = [f"The {who} {does} the {what} in the {where}" for who in ("cook", "nurse", "pilot", "clown") for does in ("sees", "paints")
           for what in ("door", "boat", "rose") for where in ("garden", "harbour")]  # fmt: skip
-SENTENCES = [scene + " and then home" * (i % 5) + "." for i, scene in enumerate(SCENES)]  # of five lengths
+SENTENCES = [
+    scene + " and then home" * (i % 5) + "." for i, scene in enumerate(SCENES)
+]  # of five lengths
 
 
 @pytest.fixture
@@ -33,7 +35,10 @@ def corpus(tmp_path):
     """A .jsonl corpus of the 48 sentences, from two domains."""
     path = tmp_path / "corpus.jsonl"
     path.write_text(
-        "".join(json.dumps({"text": text, "source": "ab"[i % 2]}) + "\n" for i, text in enumerate(SENTENCES))
+        "".join(
+            json.dumps({"text": text, "source": "ab"[i % 2]}) + "\n"
+            for i, text in enumerate(SENTENCES)
+        )
     )
     return path
 
@@ -44,8 +49,15 @@ def small_bert(folder, seed=0, layers=3, **config):
 
     model, tokenizer, _ = tiny_student(SENTENCES, seed)
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64}
-    model = BertModel(BertConfig(vocab_size=len(tokenizer), num_hidden_layers=layers, **(sizes | config)))
+    sizes = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+    }
+    model = BertModel(
+        BertConfig(vocab_size=len(tokenizer), num_hidden_layers=layers, **(sizes | config))
+    )
     model.save_pretrained(folder)
     tokenizer.model_max_length = 64
     tokenizer.save_pretrained(folder)
@@ -101,15 +113,23 @@ def in_two_processes(action):
     """Run an action in two processes that know each other as torchrun's do, and return how each of them ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    started = {start_process(action, RANK=rank, LOCAL_RANK=rank, **where): int(rank) for rank in "01"}
+        where = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "WORLD_SIZE": "2",
+        }
+    started = {
+        start_process(action, RANK=rank, LOCAL_RANK=rank, **where): int(rank) for rank in "01"
+    }
     codes, deadline = [None, None], time.monotonic() + 120
     while None in codes:
         time.sleep(0.05)
         for pid, i in started.items():
             if codes[i] is None and (status := os.waitpid(pid, os.WNOHANG))[0]:
                 codes[i] = os.waitstatus_to_exitcode(status[1])
-        if time.monotonic() > deadline or any(codes):  # as torchrun does: if one fails, the others are stopped
+        if time.monotonic() > deadline or any(
+            codes
+        ):  # as torchrun does: if one fails, the others are stopped
             for pid, i in started.items():
                 if codes[i] is None:
                     os.kill(pid, 9)

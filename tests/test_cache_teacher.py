@@ -25,7 +25,9 @@ def read(path):
 
 
 def test_appendix_d_blank_sentences_and_repeats_go_and_are_counted(tmp_path, capsys):
-    (tmp_path / "corpus.txt").write_text("one dog barks\n\ntwo cats sleep\n  one dog barks  \nthree birds sing\n   \n")
+    (tmp_path / "corpus.txt").write_text(
+        "one dog barks\n\ntwo cats sleep\n  one dog barks  \nthree birds sing\n   \n"
+    )
     run("--corpus", tmp_path / "corpus.txt", "--output", tmp_path / "t.pt")
     cache = read(tmp_path / "t.pt")
     assert cache["sentences"] == ["one dog barks", "two cats sleep", "three birds sing"]
@@ -43,7 +45,10 @@ def test_tables_with_text_and_source(tmp_path, suffix, delimiter):
         + delimiter.join(["y", "cats"])
         + "\n"
     )
-    assert cache_teacher.read_corpus(str(path), 0) == (['a, "quoted" dog\nbarks', "cats"], ["x", "y"])
+    assert cache_teacher.read_corpus(str(path), 0) == (
+        ['a, "quoted" dog\nbarks', "cats"],
+        ["x", "y"],
+    )
 
 
 def test_a_corpus_without_sources_is_one_domain(tmp_path):
@@ -55,7 +60,18 @@ def test_a_corpus_without_sources_is_one_domain(tmp_path):
 
 
 def test_algorithm1_line_3_caches_what_the_model_gives(tmp_path, corpus, bert):
-    run("--teacher", bert, "--corpus", corpus, "--output", tmp_path / "t.pt", "--batch_size", 5, "--pooling", "mean")
+    run(
+        "--teacher",
+        bert,
+        "--corpus",
+        corpus,
+        "--output",
+        tmp_path / "t.pt",
+        "--batch_size",
+        5,
+        "--pooling",
+        "mean",
+    )
     cache = read(tmp_path / "t.pt")
     assert set(cache) == {
         "sentences",
@@ -75,7 +91,9 @@ def test_algorithm1_line_3_caches_what_the_model_gives(tmp_path, corpus, bert):
     model, tokenizer = AutoModel.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
     for i in (0, 17, 47):  # one sentence at a time: no padding at all
         with torch.no_grad():
-            hidden = model(**tokenizer(cache["sentences"][i], return_tensors="pt")).last_hidden_state
+            hidden = model(
+                **tokenizer(cache["sentences"][i], return_tensors="pt")
+            ).last_hidden_state
         torch.testing.assert_close(cache["embeddings"][i], hidden[0].mean(0), atol=1e-5, rtol=1e-4)
 
 
@@ -90,17 +108,25 @@ def test_a_decoder_is_pooled_at_its_last_token_padded_on_either_side(tmp_path, b
         "head_dim": 16,
         "intermediate_size": 64,
     }
-    Qwen3Model(Qwen3Config(vocab_size=len(tokenizer), num_hidden_layers=2, **sizes)).save_pretrained(folder)
+    Qwen3Model(
+        Qwen3Config(vocab_size=len(tokenizer), num_hidden_layers=2, **sizes)
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model, tokenizer, pooling = load_encoder(str(folder))
     assert pooling == "last"
     expected = encode(model, tokenizer, SENTENCES, "last", 64, 1)  # one at a time: no padding
-    torch.testing.assert_close(encode(model, tokenizer, SENTENCES, "last", 64, 16), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        encode(model, tokenizer, SENTENCES, "last", 64, 16), expected, atol=1e-5, rtol=1e-4
+    )
     tokenizer.padding_side = "left"
     tokens = tokenizer(SENTENCES, padding=True, return_tensors="pt")
     with torch.no_grad():
-        left = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
-    torch.testing.assert_close(pool(left, tokens["attention_mask"], "last"), expected, atol=1e-4, rtol=1e-3)
+        left = model(
+            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+        ).last_hidden_state
+    torch.testing.assert_close(
+        pool(left, tokens["attention_mask"], "last"), expected, atol=1e-4, rtol=1e-3
+    )
 
 
 def test_a_model_of_half_precision_is_loaded_in_float32(tmp_path, bert):
@@ -112,8 +138,22 @@ def test_a_model_of_half_precision_is_loaded_in_float32(tmp_path, bert):
 @pytest.mark.parametrize(
     "config, pooling",
     [
-        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False, "include_prompt": True}, "cls"),
-        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True, "word_embedding_dimension": 32}, "mean"),
+        (
+            {
+                "pooling_mode_cls_token": True,
+                "pooling_mode_mean_tokens": False,
+                "include_prompt": True,
+            },
+            "cls",
+        ),
+        (
+            {
+                "pooling_mode_cls_token": False,
+                "pooling_mode_mean_tokens": True,
+                "word_embedding_dimension": 32,
+            },
+            "mean",
+        ),
         ({"pooling_mode_lasttoken": True}, "last"),
         ({"pooling_mode": "cls", "embedding_dimension": 32, "include_prompt": True}, "cls"),
         ({"pooling_mode": "lasttoken"}, "last"),
@@ -133,7 +173,11 @@ def test_pooling_is_read_from_sentence_transformers_files(bert, config, pooling,
 
 
 @pytest.mark.parametrize(
-    "config, word", [({"pooling_mode_max_tokens": True}, "max"), ({"pooling_mode": "weightedmean"}, "weightedmean")]
+    "config, word",
+    [
+        ({"pooling_mode_max_tokens": True}, "max"),
+        ({"pooling_mode": "weightedmean"}, "weightedmean"),
+    ],
 )
 def test_pooling_that_is_not_implemented_is_refused(bert, config, word, ends_with_one_line):
     modules = [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1_Pooling"}]
@@ -150,7 +194,9 @@ def test_an_older_sentence_transformers_layout_with_the_model_in_a_subfolder(tmp
     (tmp_path / "0_Transformer").rename(old / "0_Transformer")
     (old / "0_Transformer" / "sentence_bert_config.json").write_text('{"max_seq_length": 20}')
     kinds = [("Transformer", "0_Transformer"), ("Pooling", "1_Pooling")]
-    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds]
+    modules = [
+        {"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds
+    ]
     (old / "modules.json").write_text(json.dumps(modules))
     (old / "1_Pooling").mkdir()
     (old / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
@@ -171,7 +217,14 @@ def test_embeddings_from_elsewhere_follow_the_corpus_order(tmp_path, suffix):
     array = np.arange(1, 11, dtype=np.float32).reshape(5, 2)
     np.save(tmp_path / "e.npy", array)
     torch.save(torch.from_numpy(array), tmp_path / "e.pt")
-    run("--teacher", tmp_path / f"e.{suffix}", "--corpus", tmp_path / "c.txt", "--output", tmp_path / "t.pt")
+    run(
+        "--teacher",
+        tmp_path / f"e.{suffix}",
+        "--corpus",
+        tmp_path / "c.txt",
+        "--output",
+        tmp_path / "t.pt",
+    )
     cache = read(tmp_path / "t.pt")
     assert cache["sentences"] == ["a dog", "a cat", "a bird"]
     assert cache["embeddings"].tolist() == array[[0, 2, 4]].tolist()
@@ -180,7 +233,11 @@ def test_embeddings_from_elsewhere_follow_the_corpus_order(tmp_path, suffix):
 def test_embeddings_from_elsewhere_must_be_one_a_sentence(tmp_path, corpus, ends_with_one_line):
     np.save(tmp_path / "e.npy", np.ones((47, 2)))
     ends_with_one_line(
-        lambda: run("--teacher", tmp_path / "e.npy", "--corpus", corpus, "--output", tmp_path / "t.pt"), "47", "48"
+        lambda: run(
+            "--teacher", tmp_path / "e.npy", "--corpus", corpus, "--output", tmp_path / "t.pt"
+        ),
+        "47",
+        "48",
     )
     assert not (tmp_path / "t.pt").exists()
 
@@ -202,7 +259,10 @@ def test_a_sentence_without_a_known_word_has_no_target(tmp_path, capsys):
         "the dog barks\nthe cat sleeps\nthe bird sings loud\nthe horse runs\nthe cow eats\nthe pig grunts\n?!\n"
     )
     run("--corpus", tmp_path / "c.txt", "--output", tmp_path / "t.pt")
-    assert len(read(tmp_path / "t.pt")["sentences"]) == 6 and "1 sentences removed" in capsys.readouterr().out
+    assert (
+        len(read(tmp_path / "t.pt")["sentences"]) == 6
+        and "1 sentences removed" in capsys.readouterr().out
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the cache file
@@ -230,8 +290,17 @@ def test_the_same_content_is_kept_and_other_content_needs_overwrite(
     assert len(load_cache(tmp_path / "t.pt")["sentences"]) == 40
 
 
-def test_a_teacher_retrained_at_the_same_path_is_other_content(tmp_path, corpus, ends_with_one_line):
-    flags = ["--teacher", small_bert(tmp_path / "bert", seed=0), "--corpus", corpus, "--output", tmp_path / "t.pt"]
+def test_a_teacher_retrained_at_the_same_path_is_other_content(
+    tmp_path, corpus, ends_with_one_line
+):
+    flags = [
+        "--teacher",
+        small_bert(tmp_path / "bert", seed=0),
+        "--corpus",
+        corpus,
+        "--output",
+        tmp_path / "t.pt",
+    ]
     run(*flags)
     small_bert(tmp_path / "bert", seed=1)
     ends_with_one_line(lambda: run(*flags), "--overwrite")
@@ -270,7 +339,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, corpus, bert, mon
     (part,) = tmp_path.glob("t.pt.part-*")
     part.write_bytes(part.read_bytes()[:-7])  # the end of the seventh batch is torn
     lengths, pad = [], cache_teacher.pad
-    monkeypatch.setattr(cache_teacher, "pad", lambda *args: lengths.append(len(args[1])) or pad(*args))
+    monkeypatch.setattr(
+        cache_teacher, "pad", lambda *args: lengths.append(len(args[1])) or pad(*args)
+    )
     run(*flags, tmp_path / "t.pt")
     assert lengths == [5, 5, 5, 3]  # the first six batches of 48 sentences were there
     assert the_same(tmp_path / "t.pt", tmp_path / "whole.pt")
@@ -278,7 +349,14 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, corpus, bert, mon
 
 
 def test_half_a_cache_of_another_teacher_is_not_gone_on_with(tmp_path, corpus):
-    flags = ["--teacher", small_bert(tmp_path / "bert", seed=0), "--corpus", corpus, "--output", tmp_path / "t.pt"]
+    flags = [
+        "--teacher",
+        small_bert(tmp_path / "bert", seed=0),
+        "--corpus",
+        corpus,
+        "--output",
+        tmp_path / "t.pt",
+    ]
     assert in_a_process(lambda: (killed_at_batch(2), run(*flags))) == -9
     small_bert(tmp_path / "bert", seed=1)
     run(*flags)
@@ -292,7 +370,15 @@ def test_half_a_cache_of_another_teacher_is_not_gone_on_with(tmp_path, corpus):
 
 @pytest.mark.parametrize("teacher", ["bert", "lsa"])
 def test_two_processes_make_the_cache_of_one(tmp_path, corpus, bert, teacher):
-    flags = ["--teacher", bert if teacher == "bert" else "lsa", "--corpus", corpus, "--batch_size", 5, "--output"]
+    flags = [
+        "--teacher",
+        bert if teacher == "bert" else "lsa",
+        "--corpus",
+        corpus,
+        "--batch_size",
+        5,
+        "--output",
+    ]
     embedded, embed_batches = tmp_path / "embedded", cache_teacher.embed_batches
 
     def counted(model, tokens, batches, *rest):
@@ -334,7 +420,9 @@ MISTAKES = {  # name of the corpus: (bytes, words of the answer)
 def test_a_corpus_that_cannot_be_used_is_one_line(tmp_path, name, ends_with_one_line):
     content, words = MISTAKES[name]
     (tmp_path / name).write_bytes(content)
-    ends_with_one_line(lambda: run("--corpus", tmp_path / name, "--output", tmp_path / "t.pt"), *words)
+    ends_with_one_line(
+        lambda: run("--corpus", tmp_path / name, "--output", tmp_path / "t.pt"), *words
+    )
     assert [path.name for path in tmp_path.iterdir()] == [name]  # nothing half-written is left
 
 
@@ -355,16 +443,22 @@ def test_a_corpus_that_cannot_be_used_is_one_line(tmp_path, name, ends_with_one_
         (["--output", "no/such/folder/t.pt"], ["no/such/folder"]),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_line(flags, words, corpus, bert, tmp_path, ends_with_one_line):
+def test_a_mistake_on_the_command_line_is_one_line(
+    flags, words, corpus, bert, tmp_path, ends_with_one_line
+):
     if "--device" in flags:
         flags = [*flags, "--teacher", bert]
-    ends_with_one_line(lambda: run("--corpus", corpus, "--output", tmp_path / "t.pt", *flags), *words)
+    ends_with_one_line(
+        lambda: run("--corpus", corpus, "--output", tmp_path / "t.pt", *flags), *words
+    )
     assert not list(tmp_path.glob("t.pt*"))
 
 
 def test_a_model_directory_without_weights_is_one_line(bert, corpus, tmp_path, ends_with_one_line):
     (bert / "model.safetensors").unlink()
-    ends_with_one_line(lambda: run("--teacher", bert, "--corpus", corpus, "--output", tmp_path / "t.pt"), "bert")
+    ends_with_one_line(
+        lambda: run("--teacher", bert, "--corpus", corpus, "--output", tmp_path / "t.pt"), "bert"
+    )
 
 
 def test_embeddings_that_are_not_finite_are_refused(tmp_path, corpus, ends_with_one_line):
@@ -375,18 +469,26 @@ def test_embeddings_that_are_not_finite_are_refused(tmp_path, corpus, ends_with_
     ends_with_one_line(lambda: run(*command), "finite")
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, corpus, monkeypatch, ends_with_one_line):
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    tmp_path, corpus, monkeypatch, ends_with_one_line
+):
     def full(cache, path):
         open(path, "w").write("half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    ends_with_one_line(lambda: run("--corpus", corpus, "--output", tmp_path / "t.pt"), "No space left")
+    ends_with_one_line(
+        lambda: run("--corpus", corpus, "--output", tmp_path / "t.pt"), "No space left"
+    )
     assert not list(tmp_path.glob("t.pt*"))
 
 
-@pytest.mark.parametrize("message, code", [("PytorchStreamWriter failed writing file data/0", 2), ("a bug", None)])
-def test_a_full_disk_as_torch_reports_it_is_one_line_and_a_bug_stays_a_bug(tmp_path, message, code, capsys):
+@pytest.mark.parametrize(
+    "message, code", [("PytorchStreamWriter failed writing file data/0", 2), ("a bug", None)]
+)
+def test_a_full_disk_as_torch_reports_it_is_one_line_and_a_bug_stays_a_bug(
+    tmp_path, message, code, capsys
+):
     with pytest.raises(SystemExit if code else RuntimeError) as stopped:
         with cache_teacher.writing(tmp_path):
             raise RuntimeError(message)
@@ -394,9 +496,22 @@ def test_a_full_disk_as_torch_reports_it_is_one_line_and_a_bug_stays_a_bug(tmp_p
 
 
 def test_long_sentences_are_cut_and_counted(tmp_path, bert, capsys):
-    (tmp_path / "c.txt").write_text("The cook.\n" + "The cook sees the door. " * 40 + "\nThe nurse paints.\n")
-    run("--teacher", bert, "--corpus", tmp_path / "c.txt", "--output", tmp_path / "t.pt", "--max_length", 300)
-    assert "1 of 3 sentences are longer than 64 tokens" in capsys.readouterr().out  # the model takes no more
+    (tmp_path / "c.txt").write_text(
+        "The cook.\n" + "The cook sees the door. " * 40 + "\nThe nurse paints.\n"
+    )
+    run(
+        "--teacher",
+        bert,
+        "--corpus",
+        tmp_path / "c.txt",
+        "--output",
+        tmp_path / "t.pt",
+        "--max_length",
+        300,
+    )
+    assert (
+        "1 of 3 sentences are longer than 64 tokens" in capsys.readouterr().out
+    )  # the model takes no more
 
 
 def test_a_corpus_longer_than_a_slice_of_tokenising(bert):
@@ -438,14 +553,28 @@ TORN = {
         lambda cache, path: torch.save(cache | {"embeddings": torch.ones(48)}, path),
         ["(sentences, dimensions)"],
     ),
-    "type": (lambda cache, path: torch.save(cache | {"embeddings": torch.ones(48, 2).long()}, path), ["float32"]),
-    "length": (lambda cache, path: torch.save(cache | {"embeddings": torch.ones(47, 2)}, path), ["47", "48"]),
-    "zero": (lambda cache, path: torch.save(cache | {"embeddings": torch.zeros(48, 2)}, path), ["zero or not finite"]),
+    "type": (
+        lambda cache, path: torch.save(cache | {"embeddings": torch.ones(48, 2).long()}, path),
+        ["float32"],
+    ),
+    "length": (
+        lambda cache, path: torch.save(cache | {"embeddings": torch.ones(47, 2)}, path),
+        ["47", "48"],
+    ),
+    "zero": (
+        lambda cache, path: torch.save(cache | {"embeddings": torch.zeros(48, 2)}, path),
+        ["zero or not finite"],
+    ),
     "nan": (
-        lambda cache, path: torch.save(cache | {"embeddings": torch.full((48, 2), torch.nan)}, path),
+        lambda cache, path: torch.save(
+            cache | {"embeddings": torch.full((48, 2), torch.nan)}, path
+        ),
         ["not finite"],
     ),
-    "swapped": (lambda cache, path: torch.save(cache | {"sentences": cache["sentences"][::-1]}, path), ["fingerprint"]),
+    "swapped": (
+        lambda cache, path: torch.save(cache | {"sentences": cache["sentences"][::-1]}, path),
+        ["fingerprint"],
+    ),
 }
 
 
@@ -483,10 +612,21 @@ def test_a_model_whose_files_lack_weights_is_one_line(bert, ends_with_one_line):
     weights = load_file(bert / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
-    ends_with_one_line(lambda: load_encoder(str(bert)), "lack 1 weights", "encoder.layer.1.output.dense.weight")
+    ends_with_one_line(
+        lambda: load_encoder(str(bert)), "lack 1 weights", "encoder.layer.1.output.dense.weight"
+    )
 
 
 def test_half_precision_that_overflows_is_refused(tmp_path, corpus, ends_with_one_line):
     np.save(tmp_path / "e.npy", np.full((48, 2), 1e5))
-    command = ["--teacher", tmp_path / "e.npy", "--corpus", corpus, "--output", tmp_path / "t.pt", "--dtype", "float16"]
+    command = [
+        "--teacher",
+        tmp_path / "e.npy",
+        "--corpus",
+        corpus,
+        "--output",
+        tmp_path / "t.pt",
+        "--dtype",
+        "float16",
+    ]
     ends_with_one_line(lambda: run(*command), "finite", "float32")

@@ -24,9 +24,17 @@ def write(path, rows):
 @pytest.fixture
 def data(tmp_path):
     """A directory with one task of each kind."""
-    pairs = [{"sentence1": SENTENCES[i], "sentence2": SENTENCES[(7 * i + 1) % 48]} for i in range(40)]
-    write(tmp_path / "data" / "stsb" / "test.jsonl", [pair | {"score": i % 6} for i, pair in enumerate(pairs)])
-    write(tmp_path / "data" / "mrpc" / "test.jsonl", [pair | {"label": i % 2} for i, pair in enumerate(pairs)])
+    pairs = [
+        {"sentence1": SENTENCES[i], "sentence2": SENTENCES[(7 * i + 1) % 48]} for i in range(40)
+    ]
+    write(
+        tmp_path / "data" / "stsb" / "test.jsonl",
+        [pair | {"score": i % 6} for i, pair in enumerate(pairs)],
+    )
+    write(
+        tmp_path / "data" / "mrpc" / "test.jsonl",
+        [pair | {"label": i % 2} for i, pair in enumerate(pairs)],
+    )
     texts = [{"text": text, "label": text.split()[1]} for text in SENTENCES]
     write(tmp_path / "data" / "emotion" / "train.jsonl", texts[::2])
     write(tmp_path / "data" / "emotion" / "test.jsonl", texts[1::2])
@@ -40,24 +48,33 @@ def test_spearman_is_the_correlation_of_the_ranks():
     rng = np.random.default_rng(0)
     a, b, gold = rng.normal(size=(30, 4)), rng.normal(size=(30, 4)), rng.integers(0, 6, 30)
     cosines = [float(u @ v / (u @ u) ** 0.5 / (v @ v) ** 0.5) for u, v in zip(a, b)]
-    assert evaluation.spearman(a, b, gold) == pytest.approx(100 * pearsonr(rankdata(cosines), rankdata(gold)).statistic)
+    assert evaluation.spearman(a, b, gold) == pytest.approx(
+        100 * pearsonr(rankdata(cosines), rankdata(gold)).statistic
+    )
 
 
 def test_average_precision_by_hand():
     a = np.array([[1.0, 0.0]] * 4)
     angles = np.array([0.1, 0.2, 0.3, 0.4])  # ranked as listed; labels 1, 0, 1, 0
     b = 7 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    assert evaluation.average_precision(a, b, [1, 0, 1, 0]) == pytest.approx(100 * (1 / 1 + 2 / 3) / 2)
+    assert evaluation.average_precision(a, b, [1, 0, 1, 0]) == pytest.approx(
+        100 * (1 / 1 + 2 / 3) / 2
+    )
 
 
 def test_macro_f1_by_hand():
     train, labels = np.array([[-1.0], [-2.0], [1.0], [2.0]]), ["x", "x", "y", "y"]
-    test, gold = np.array([[-3.0], [-1.0], [-1.0], [3.0]]), ["x", "x", "y", "y"]  # one y is taken for x
+    test, gold = (
+        np.array([[-3.0], [-1.0], [-1.0], [3.0]]),
+        ["x", "x", "y", "y"],
+    )  # one y is taken for x
     assert evaluation.macro_f1(train, labels, test, gold) == pytest.approx(100 * (0.8 + 2 / 3) / 2)
 
 
 def test_cosine_of_a_zero_vector_is_0():
-    assert evaluation.cosine(np.array([[0.0, 0.0], [3.0, 4.0]]), np.array([[1.0, 2.0], [6.0, 8.0]])).tolist() == [
+    assert evaluation.cosine(
+        np.array([[0.0, 0.0], [3.0, 4.0]]), np.array([[1.0, 2.0], [6.0, 8.0]])
+    ).tolist() == [
         0.0,
         1.0,
     ]
@@ -91,17 +108,27 @@ def test_scores_equal_an_independent_path(data, bert, tmp_path, capsys):
 
     def embed(text):
         with torch.no_grad():
-            return model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0).numpy()
+            return (
+                model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0).numpy()
+            )
 
     rows = [json.loads(line) for line in (data / "stsb" / "test.jsonl").read_text().splitlines()]
-    a, b = np.stack([embed(r["sentence1"]) for r in rows]), np.stack([embed(r["sentence2"]) for r in rows])
+    a, b = (
+        np.stack([embed(r["sentence1"]) for r in rows]),
+        np.stack([embed(r["sentence2"]) for r in rows]),
+    )
     cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert scores["stsb"] == pytest.approx(
         100 * pearsonr(rankdata(cosines), rankdata([r["score"] for r in rows])).statistic, abs=0.05
     )
-    assert scores["mrpc"] == pytest.approx(100 * average_precision_score([i % 2 for i in range(40)], cosines), abs=0.05)
+    assert scores["mrpc"] == pytest.approx(
+        100 * average_precision_score([i % 2 for i in range(40)], cosines), abs=0.05
+    )
     train, test = [
-        [json.loads(line) for line in (data / "emotion" / f"{split}.jsonl").read_text().splitlines()]
+        [
+            json.loads(line)
+            for line in (data / "emotion" / f"{split}.jsonl").read_text().splitlines()
+        ]
         for split in ("train", "test")
     ]
     fitted = LogisticRegression(max_iter=5000).fit(
@@ -135,14 +162,27 @@ def test_each_distinct_sentence_is_embedded_once(data, bert, monkeypatch):
     monkeypatch.setattr(
         evaluation,
         "encode",
-        lambda model, tokenizer, texts, *rest: seen.extend(texts) or original(model, tokenizer, texts, *rest),
+        lambda model, tokenizer, texts, *rest: (
+            seen.extend(texts) or original(model, tokenizer, texts, *rest)
+        ),
     )
     evaluation.main([str(bert), "--data", str(data)])
     assert len(seen) == len(set(seen)) and set(seen) == set(SENTENCES)
 
 
 def test_several_models_share_one_table(data, bert, capsys, tmp_path):
-    evaluation.main([str(bert), "lsa", "--data", str(data), "--tasks", "mrpc", "--json", str(tmp_path / "s.json")])
+    evaluation.main(
+        [
+            str(bert),
+            "lsa",
+            "--data",
+            str(data),
+            "--tasks",
+            "mrpc",
+            "--json",
+            str(tmp_path / "s.json"),
+        ]
+    )
     out = capsys.readouterr().out
     assert f"| {bert}" in out and "| lsa" in out
     assert json.loads((tmp_path / "s.json").read_text())["lsa"]["avg_in"] is None
@@ -168,13 +208,22 @@ def hub_repository(folder, task):
     }
     values |= {"sentence1": lambda i: SENTENCES[i], "sentence2": lambda i: SENTENCES[i + 9]}
     column = lambda name: values.get(source.columns.get(name), lambda i: "x")
-    rows = [{name: column(name)(i) for name in [*source.columns, "another_column"]} for i in range(12)]
-    pattern = "default/{}/0000.parquet" if task == "sick" else (source.config or "data") + "/{}-00000-of-00001.parquet"
+    rows = [
+        {name: column(name)(i) for name in [*source.columns, "another_column"]} for i in range(12)
+    ]
+    pattern = (
+        "default/{}/0000.parquet"
+        if task == "sick"
+        else (source.config or "data") + "/{}-00000-of-00001.parquet"
+    )
     for split in ("train", "validation", "test"):
         (folder / pattern.format(split)).parent.mkdir(parents=True, exist_ok=True)
         Dataset.from_list(rows).to_parquet(str(folder / pattern.format(split)))
     if source.config:
-        files = "".join(f"\n  - split: {s}\n    path: {source.config}/{s}-*" for s in ("train", "validation", "test"))
+        files = "".join(
+            f"\n  - split: {s}\n    path: {source.config}/{s}-*"
+            for s in ("train", "validation", "test")
+        )
         other = "\n- config_name: another\n  data_files: nowhere.parquet"
         (folder / "README.md").write_text(
             f"---\nconfigs:\n- config_name: {source.config}\n  data_files:{files}{other}\n---\n"
@@ -208,14 +257,22 @@ def test_section_4_1_the_nine_benchmarks_load_from_their_layouts(hub):
     assert [task["kind"] for task in tasks.values()] == ["F1"] * 3 + ["AP"] * 3 + ["Spearman"] * 3
     assert in_domain == ["emotion", "wic", "stsb"]
     assert [row["label"] for row in tasks["scitail"]["test"][:2]] == [1, 0]  # entails, neutral
-    assert tasks["sick"]["test"][3] == {"sentence1": SENTENCES[3], "sentence2": SENTENCES[12], "score": 1.5}
+    assert tasks["sick"]["test"][3] == {
+        "sentence1": SENTENCES[3],
+        "sentence2": SENTENCES[12],
+        "score": 1.5,
+    }
 
 
 def test_a_hub_dataset_that_lost_a_column(hub, monkeypatch, ends_with_one_line):
-    broken = evaluation.HUB["mrpc"]._replace(columns={"first": "sentence1", "sentence2": "sentence2", "label": "label"})
+    broken = evaluation.HUB["mrpc"]._replace(
+        columns={"first": "sentence1", "sentence2": "sentence2", "label": "label"}
+    )
     monkeypatch.setitem(evaluation.HUB, "mrpc", broken)
     ends_with_one_line(
-        lambda: evaluation.load_tasks("hub", ["mrpc"]), "first", "another_column, label, sentence1, sentence2"[:14]
+        lambda: evaluation.load_tasks("hub", ["mrpc"]),
+        "first",
+        "another_column, label, sentence1, sentence2"[:14],
     )
 
 
@@ -225,14 +282,20 @@ def test_appendix_d_the_paper_corpus(hub):
     sentences, sources = cache_teacher.read_corpus("paper", 0)
     assert len(sentences) == len(sources) == 12 + 2 * 12 + 2 * 12  # every row of these small splits
     assert sources.count("emotion") == 12 and sources.count("wic") == sources.count("stsb") == 24
-    assert cache_teacher.read_corpus("paper", 0) == (sentences, sources) != cache_teacher.read_corpus("paper", 1)
+    assert (
+        cache_teacher.read_corpus("paper", 0)
+        == (sentences, sources)
+        != cache_teacher.read_corpus("paper", 1)
+    )
 
 
 def test_without_a_network_one_line_says_so():
     import os
 
     command = [sys.executable, str(ROOT / "eval.py"), "lsa", "--data", "hub", "--tasks", "stsb"]
-    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+    )
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "mteb/stsbenchmark-sts" in done.stderr and "--data DIR" in done.stderr
 
@@ -243,7 +306,12 @@ PAIR = {"sentence1": "a dog", "sentence2": "a cat"}
 MISTAKES = [  # (task, test rows, train rows, words of the answer)
     ("mrpc", [], None, ["mrpc", "empty"]),
     ("mrpc", None, None, ["test.jsonl", "does not exist"]),
-    ("mrpc", [PAIR | {"labels": 1}], None, ["sentence1,sentence2,label", "sentence1,sentence2,labels"]),
+    (
+        "mrpc",
+        [PAIR | {"labels": 1}],
+        None,
+        ["sentence1,sentence2,label", "sentence1,sentence2,labels"],
+    ),
     ("mrpc", [PAIR | {"label": 1}, PAIR | {"label": 2}], None, ["0 or 1", "2"]),
     ("mrpc", [PAIR | {"label": 1}, PAIR | {"label": 1}], None, ["same label"]),
     ("mrpc", [PAIR | {"label": 1}, PAIR], None, ["row 2"]),
@@ -252,7 +320,12 @@ MISTAKES = [  # (task, test rows, train rows, words of the answer)
     ("stsb", [PAIR | {"score": 1}, PAIR | {"score": float("inf")}], None, ["finite"]),
     ("stsb", [PAIR | {"score": 2}, PAIR | {"score": 2}], None, ["same score"]),
     ("stsb", ["text", "text"], None, ["columns"]),
-    ("emotion", [{"text": "a", "label": 0}, {"text": "b", "label": 1}], None, ["train.jsonl", "does not exist"]),
+    (
+        "emotion",
+        [{"text": "a", "label": 0}, {"text": "b", "label": 1}],
+        None,
+        ["train.jsonl", "does not exist"],
+    ),
     ("emotion", [{"text": "a", "label": 0}, {"text": "b", "label": 1}], [], ["train", "empty"]),
     (
         "emotion",
@@ -311,7 +384,9 @@ def test_torn_tasks_and_embeddings_without_a_score(data, bert, ends_with_one_lin
     model = AutoModel.from_pretrained(bert)
     model.encoder.layer[2].output.LayerNorm.weight.data.fill_(float("nan"))
     model.save_pretrained(bert)
-    ends_with_one_line(lambda: evaluation.main([str(bert), "--data", str(data)]), "emotion", "not a number")
+    ends_with_one_line(
+        lambda: evaluation.main([str(bert), "--data", str(data)]), "emotion", "not a number"
+    )
 
 
 def test_a_logistic_regression_that_does_not_converge_says_so_once(capsys):

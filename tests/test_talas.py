@@ -36,7 +36,9 @@ def cos(u, v):
 # ------------------------------------------------------------------------------------------------- pooling
 
 
-@pytest.mark.parametrize("pooling, expected", [("cls", [1.0, 10.0]), ("mean", [2.0, 20.0]), ("last", [3.0, 30.0])])
+@pytest.mark.parametrize(
+    "pooling, expected", [("cls", [1.0, 10.0]), ("mean", [2.0, 20.0]), ("last", [3.0, 30.0])]
+)
 @pytest.mark.parametrize("left", [0, 2])
 @pytest.mark.parametrize("right", [0, 3])
 def test_pooling_ignores_padding_on_either_side(pooling, expected, left, right):
@@ -50,8 +52,12 @@ def test_pooling_ignores_padding_on_either_side(pooling, expected, left, right):
 def test_pooling_of_sentences_of_different_lengths():
     hidden = rows(3, 4, 5)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1]])
-    assert torch.equal(pool(hidden, mask, "cls"), torch.stack([hidden[0, 0], hidden[1, 0], hidden[2, 1]]))
-    assert torch.equal(pool(hidden, mask, "last"), torch.stack([hidden[0, 3], hidden[1, 1], hidden[2, 3]]))
+    assert torch.equal(
+        pool(hidden, mask, "cls"), torch.stack([hidden[0, 0], hidden[1, 0], hidden[2, 1]])
+    )
+    assert torch.equal(
+        pool(hidden, mask, "last"), torch.stack([hidden[0, 3], hidden[1, 1], hidden[2, 3]])
+    )
     mean = [hidden[0].mean(0), hidden[1, :2].mean(0), hidden[2, 1:].mean(0)]
     torch.testing.assert_close(pool(hidden, mask, "mean"), torch.stack(mean))
 
@@ -75,7 +81,9 @@ def test_eq3_tamd_by_loops():
         for i in range(5):
             projected = torch.tensor([sum(e[i, a] * W[a, b] for a in range(4)) for b in range(3)])
             total += (1 - cos(projected, teacher[i])) / 5
-    assert talas.tamd_loss(layers, projections, teacher).item() == pytest.approx(total / 2, abs=1e-12)
+    assert talas.tamd_loss(layers, projections, teacher).item() == pytest.approx(
+        total / 2, abs=1e-12
+    )
 
 
 def test_eq3_tamd_by_hand():
@@ -83,9 +91,9 @@ def test_eq3_tamd_by_hand():
     teacher = torch.tensor([[3.0, 0.0], [0.0, -1.0]])  # same direction: 0; opposite: 2
     assert talas.tamd_loss([e], [W], teacher).item() == pytest.approx(1.0)
     assert talas.tamd_loss([e, e], [W, -W], teacher).item() == pytest.approx(1.0)
-    assert talas.tamd_loss([e], [W], torch.tensor([[5.0, 5.0], [0.0, 1.0]])).item() == pytest.approx(
-        (1 - 1 / math.sqrt(2)) / 2
-    )
+    assert talas.tamd_loss(
+        [e], [W], torch.tensor([[5.0, 5.0], [0.0, 1.0]])
+    ).item() == pytest.approx((1 - 1 / math.sqrt(2)) / 2)
 
 
 def test_eq3_tamd_needs_a_projection_a_layer():
@@ -112,9 +120,16 @@ def test_eq5_lasd_by_loops():
 
 
 def test_eq5_lasd_by_hand():
-    parallel, orthogonal = torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 5.0]])
-    assert talas.lasd_loss([parallel, orthogonal]).item() == pytest.approx(2 / 4)  # two of four cosines go from 1 to 0
-    assert talas.lasd_loss([parallel, parallel, orthogonal]).item() == pytest.approx((0 + 2 / 4) / 2)
+    parallel, orthogonal = (
+        torch.tensor([[1.0, 0.0], [2.0, 0.0]]),
+        torch.tensor([[1.0, 0.0], [0.0, 5.0]]),
+    )
+    assert talas.lasd_loss([parallel, orthogonal]).item() == pytest.approx(
+        2 / 4
+    )  # two of four cosines go from 1 to 0
+    assert talas.lasd_loss([parallel, parallel, orthogonal]).item() == pytest.approx(
+        (0 + 2 / 4) / 2
+    )
 
 
 @pytest.mark.parametrize("detach, upper_moves", [(False, True), (True, False)])
@@ -137,7 +152,9 @@ def test_eq6_simcse_by_loops():
 def test_eq6_simcse_by_hand():
     z = torch.eye(2)
     tau = 0.5  # cosines 1 and 0: -log(e² / (e² + 1))
-    assert talas.simcse_loss(z, 3 * z, tau).item() == pytest.approx(-math.log(math.exp(2) / (math.exp(2) + 1)))
+    assert talas.simcse_loss(z, 3 * z, tau).item() == pytest.approx(
+        -math.log(math.exp(2) / (math.exp(2) + 1))
+    )
 
 
 @pytest.fixture
@@ -145,7 +162,9 @@ def batch(bert):
     """A small student in evaluation mode (no dropout), 4 tokenised sentences, projections and targets."""
     student, tokenizer = AutoModel.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
     tokens = tokenizer(
-        ["The cook.", "A nurse paints the door.", "boat", "The rose in the harbour."], padding=True, return_tensors="pt"
+        ["The cook.", "A nurse paints the door.", "boat", "The rose in the harbour."],
+        padding=True,
+        return_tensors="pt",
     )
     return (
         student,
@@ -189,13 +208,19 @@ def test_eq7_a_weight_of_zero_skips_the_term(batch, weights):
     assert seen == [8 if weights[0] else 4]  # a second view only where SimCSE needs it
 
 
-def test_eq6_the_two_views_are_of_the_same_sentences_with_dropout_masks_of_their_own(batch, monkeypatch):
+def test_eq6_the_two_views_are_of_the_same_sentences_with_dropout_masks_of_their_own(
+    batch, monkeypatch
+):
     student, projections, tokens, teacher = batch
     views = []
-    monkeypatch.setattr(talas, "simcse_loss", lambda z, z_prime, *rest: views.append((z, z_prime)) or z.sum())
+    monkeypatch.setattr(
+        talas, "simcse_loss", lambda z, z_prime, *rest: views.append((z, z_prime)) or z.sum()
+    )
     for mode in (student.train, student.eval):
         mode()
-        talas.total_loss(student, projections, [tokens], teacher, Settings(lambda1=1, pooling="cls"))
+        talas.total_loss(
+            student, projections, [tokens], teacher, Settings(lambda1=1, pooling="cls")
+        )
     (z, z_prime), (same, also) = views
     assert (z != z_prime).any(dim=1).all()  # every sentence has two masks
     torch.testing.assert_close(same, also)
@@ -203,7 +228,9 @@ def test_eq6_the_two_views_are_of_the_same_sentences_with_dropout_masks_of_their
 
 def test_a_batch_in_pieces_gives_the_loss_of_the_whole(batch):
     student, projections, tokens, teacher = batch
-    order = tokens["attention_mask"].sum(1).argsort()  # short sentences first, each piece cut to its longest
+    order = (
+        tokens["attention_mask"].sum(1).argsort()
+    )  # short sentences first, each piece cut to its longest
     pieces = []
     for part in order.split([1, 2, 1]):
         T = tokens["attention_mask"][part].sum(1).max()
@@ -218,14 +245,18 @@ def test_a_batch_in_pieces_gives_the_loss_of_the_whole(batch):
 def test_bfloat16_changes_matrix_products_alone_and_only_in_training(batch, monkeypatch):
     student, projections, tokens, teacher = batch
     monkeypatch.setattr(
-        talas, "mixed_precision", lambda device, wanted: torch.autocast("cpu", torch.bfloat16, enabled=wanted)
+        talas,
+        "mixed_precision",
+        lambda device, wanted: torch.autocast("cpu", torch.bfloat16, enabled=wanted),
     )
     for module in student.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     student.config.attention_probs_dropout_prob = 0.0
     s, kinds = Settings(pooling="mean"), []
-    student.encoder.layer[0].output.dense.register_forward_hook(lambda module, args, out: kinds.append(out.dtype))
+    student.encoder.layer[0].output.dense.register_forward_hook(
+        lambda module, args, out: kinds.append(out.dtype)
+    )
     losses = []
     for mode in (student.eval, student.train):
         mode()
@@ -235,17 +266,24 @@ def test_bfloat16_changes_matrix_products_alone_and_only_in_training(batch, monk
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.02)
 
 
-def test_algorithm1_a_batch_holds_each_sentence_with_its_own_target_and_domain(tmp_path, bert, cache, monkeypatch):
+def test_algorithm1_a_batch_holds_each_sentence_with_its_own_target_and_domain(
+    tmp_path, bert, cache, monkeypatch
+):
     """A batch is put in order of length: tokens, targets and domains must follow each other."""
     learnt, tokenizer = load_cache(cache), AutoTokenizer.from_pretrained(bert)
     target = {text: row for text, row in zip(learnt["sentences"], learnt["embeddings"])}
-    domain = {text: ["a", "b"].index(source) for text, source in zip(learnt["sentences"], learnt["sources"])}
+    domain = {
+        text: ["a", "b"].index(source)
+        for text, source in zip(learnt["sentences"], learnt["sources"])
+    }
     seen, lengths = [], set()
 
     def check(student, projections, asam, pieces, teacher, domains, s):
         texts = []
         for tokens in pieces:
-            assert tokens["attention_mask"].sum(1).max() == tokens["input_ids"].shape[1]  # no more padding than needed
+            assert (
+                tokens["attention_mask"].sum(1).max() == tokens["input_ids"].shape[1]
+            )  # no more padding than needed
             for ids, mask in zip(tokens["input_ids"], tokens["attention_mask"]):
                 texts.append(ids[mask.bool()].tolist())
                 lengths.add(len(texts[-1]))
@@ -258,7 +296,18 @@ def test_algorithm1_a_batch_holds_each_sentence_with_its_own_target_and_domain(t
         return torch.zeros(5)
 
     monkeypatch.setattr(talas, "training_step", check)
-    run("--teacher", cache, "--student", bert, "--output", tmp_path / "out", "--epochs", 1, "--batch_size", 12)
+    run(
+        "--teacher",
+        cache,
+        "--student",
+        bert,
+        "--output",
+        tmp_path / "out",
+        "--epochs",
+        1,
+        "--batch_size",
+        12,
+    )
     assert sorted(seen) == sorted(target) and len(lengths) == 5  # an epoch sees every sentence once
 
 
@@ -314,7 +363,11 @@ def test_algorithm1_w_is_restored_exactly_and_the_step_starts_from_w():
     asam = ASAM(torch.optim.SGD([w, unused, late], lr=0.5), rho=2.0)
     (w**4).sum().backward()
     asam.ascent_step()
-    assert not torch.equal(w, before[0]) and torch.equal(unused, before[1]) and torch.equal(late, before[2])
+    assert (
+        not torch.equal(w, before[0])
+        and torch.equal(unused, before[1])
+        and torch.equal(late, before[2])
+    )
     tilde = w.detach().clone()
     (w**4).sum().backward()
     late.sum().backward()
@@ -367,7 +420,15 @@ def test_algorithm1_with_rho_0_is_adamw_bit_for_bit(tmp_path, bert, sentences):
     for optimizer in ("adamw", "asam"):
         student, tokenizer = AutoModel.from_pretrained(bert), AutoTokenizer.from_pretrained(bert)
         torch.manual_seed(1)
-        s = Settings(optimizer=optimizer, rho=0.0, lr=1e-2, epochs=2, batch_size=8, pooling="cls", output=str(tmp_path))
+        s = Settings(
+            optimizer=optimizer,
+            rho=0.0,
+            lr=1e-2,
+            epochs=2,
+            batch_size=8,
+            pooling="cls",
+            output=str(tmp_path),
+        )
         talas.train(s, dict(cache), student, tokenizer)
         final.append(student.state_dict())
     assert not torch.equal(
@@ -390,7 +451,10 @@ def test_algorithm1_both_passes_draw_the_same_dropout_masks(batch):
 
 
 def test_eq10_to_12_disam_objective_by_hand():
-    losses, domains = torch.tensor([1.0, 3.0, 4.0, 8.0]), torch.tensor([5, 5, 2, 9])  # L_i: 2, 4, 8; α_i: 1/2, 1/4, 1/4
+    losses, domains = (
+        torch.tensor([1.0, 3.0, 4.0, 8.0]),
+        torch.tensor([5, 5, 2, 9]),
+    )  # L_i: 2, 4, 8; α_i: 1/2, 1/4, 1/4
     variance = 2 * ((2 - 4) ** 2 + (2 - 8) ** 2 + (4 - 8) ** 2) / (2 * 3**2)
     assert talas.disam_objective(losses, domains, 0.5).item() == pytest.approx(4.0 - 0.5 * variance)
     assert variance == pytest.approx(torch.tensor([2.0, 4.0, 8.0]).var(unbiased=False).item())
@@ -398,7 +462,9 @@ def test_eq10_to_12_disam_objective_by_hand():
 
 def test_eq10_disam_on_one_domain_is_sam():
     losses = torch.tensor([1.0, 3.0, 5.0])
-    assert talas.disam_objective(losses, torch.zeros(3, dtype=torch.long), 0.5).item() == pytest.approx(3.0)
+    assert talas.disam_objective(
+        losses, torch.zeros(3, dtype=torch.long), 0.5
+    ).item() == pytest.approx(3.0)
 
 
 def test_eq10_disam_climbs_less_where_a_domain_is_worse_than_the_rest():
@@ -419,7 +485,10 @@ def test_eq10_each_sentence_has_its_own_loss(batch):
     hidden = student(**tokens, output_hidden_states=True).hidden_states
     layers = [pool(h, tokens["attention_mask"], "mean") for h in hidden[1:]]
     one = torch.stack(
-        [1 - torch.cosine_similarity(layers[l][1] @ projections[l - 1], teacher[1], dim=0) for l in (1, 2)]
+        [
+            1 - torch.cosine_similarity(layers[l][1] @ projections[l - 1], teacher[1], dim=0)
+            for l in (1, 2)
+        ]
     ).mean()
     cosines = torch.cosine_similarity(layers[2][1][None], layers[2]) / 0.07
     expected = 0.3 * (cosines.logsumexp(0) - cosines[1]) + 0.75 * one + talas.lasd_loss(layers)
@@ -486,7 +555,9 @@ def test_table4_measured_on_a_student_against_the_exact_hessian_and_finite_diffe
     s = Settings(lambda1=0.3, pooling="cls")
     before = torch.get_rng_state()
     found = talas.measure_sharpness(student, projections, [([tokens], teacher, None)], s)
-    assert torch.equal(torch.get_rng_state(), before) and student.config._attn_implementation == "sdpa"
+    assert (
+        torch.equal(torch.get_rng_state(), before) and student.config._attn_implementation == "sdpa"
+    )
     assert found == talas.measure_sharpness(student, projections, [([tokens], teacher, None)], s)
 
     # the exact largest eigenvalue over one bias of 32 values
@@ -503,11 +574,16 @@ def test_table4_measured_on_a_student_against_the_exact_hessian_and_finite_diffe
     H = torch.autograd.functional.hessian(loss_at, bias.detach())
     exact = torch.linalg.eigvalsh(H).max().item()
     loss = lambda: talas.total_loss(student, parameters, [tokens], teacher.double(), s)[0]
-    assert talas.largest_hessian_eigenvalue(loss, [bias], iterations=300) == pytest.approx(exact, rel=1e-3)
+    assert talas.largest_hessian_eigenvalue(loss, [bias], iterations=300) == pytest.approx(
+        exact, rel=1e-3
+    )
     v, h = rows(32, seed=5), 1e-5
     slope = lambda w: torch.autograd.functional.jacobian(loss_at, w)
     torch.testing.assert_close(
-        (slope(bias.detach() + h * v) - slope(bias.detach() - h * v)) / (2 * h), H @ v, atol=1e-6, rtol=1e-4
+        (slope(bias.detach() + h * v) - slope(bias.detach() - h * v)) / (2 * h),
+        H @ v,
+        atol=1e-6,
+        rtol=1e-4,
     )
 
 
@@ -516,8 +592,12 @@ def test_table4_measured_on_a_student_against_the_exact_hessian_and_finite_diffe
 
 def test_tiny_student_is_the_same_in_every_process():
     code = "from tests.conftest import SENTENCES; from demo.tiny import tiny_student; m, t, _ = tiny_student(SENTENCES, 1);"
-    code += "print(sorted(t.get_vocab().items()), m.encoder.layer[2].output.dense.weight.sum().item())"
-    there = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    code += (
+        "print(sorted(t.get_vocab().items()), m.encoder.layer[2].output.dense.weight.sum().item())"
+    )
+    there = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     model, tokenizer, _ = tiny.tiny_student(SENTENCES, 1)
     weight = model.encoder.layer[2].output.dense.weight.sum().item()
     assert there == f"{sorted(tokenizer.get_vocab().items())} {weight}\n" and "harbour" in there
@@ -539,11 +619,24 @@ def run(*flags):
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
-def test_the_saved_student_loads_with_the_same_embeddings(tmp_path, bert, cache, sentences, pooling):
+def test_the_saved_student_loads_with_the_same_embeddings(
+    tmp_path, bert, cache, sentences, pooling
+):
     from cache_teacher import declared_pooling, encode, load_encoder
 
     out = tmp_path / "student"
-    command = ["--teacher", cache, "--student", bert, "--output", out, "--pooling", pooling, "--max_length", 12]
+    command = [
+        "--teacher",
+        cache,
+        "--student",
+        bert,
+        "--output",
+        out,
+        "--pooling",
+        pooling,
+        "--max_length",
+        12,
+    ]
     run(*command, "--epochs", 1, "--batch_size", 16, "--lr", 1e-3)
     assert declared_pooling(str(out)) == pooling
     model, tokenizer = AutoModel.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
@@ -551,13 +644,30 @@ def test_the_saved_student_loads_with_the_same_embeddings(tmp_path, bert, cache,
     assert tokens["input_ids"].shape[1] <= 12  # the maximum length travels with the student
     with torch.no_grad():
         expected = pool(model(**tokens).last_hidden_state, tokens["attention_mask"], pooling)
-    torch.testing.assert_close(encode(*load_encoder(str(out))[:2], sentences, pooling, 256, 7), expected)
+    torch.testing.assert_close(
+        encode(*load_encoder(str(out))[:2], sentences, pooling, 256, 7), expected
+    )
     projections = torch.load(out / "projections.pt", weights_only=True)
     assert [tuple(W.shape) for W in projections] == [(32, 8)] * 2
     settings = json.loads((out / "talas.json").read_text())
-    assert settings["settings"]["lr"] == 1e-3 and settings["teacher"] == "random" and len(settings["corpus"]) == 64
+    assert (
+        settings["settings"]["lr"] == 1e-3
+        and settings["teacher"] == "random"
+        and len(settings["corpus"]) == 64
+    )
     *steps, epoch = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    columns = {"step", "epoch", "loss", "simcse", "tamd", "lasd", "sharpness_gap", "lr", "ms_per_step", "memory_mb"}
+    columns = {
+        "step",
+        "epoch",
+        "loss",
+        "simcse",
+        "tamd",
+        "lasd",
+        "sharpness_gap",
+        "lr",
+        "ms_per_step",
+        "memory_mb",
+    }
     assert steps[-1]["step"] == 3 and set(steps[-1]) == columns
     assert epoch["end_of_epoch"] == 1 and epoch["lambda_max"] is None
     assert settings["cost"].keys() == {"ms_per_step", "mean_mb", "peak_mb", "std_mb"}
@@ -566,20 +676,55 @@ def test_the_saved_student_loads_with_the_same_embeddings(tmp_path, bert, cache,
 def test_the_saved_student_in_sentence_transformers(tmp_path, bert, cache, sentences):
     library = pytest.importorskip("sentence_transformers")
     out = tmp_path / "student"
-    run("--teacher", cache, "--student", bert, "--output", out, "--pooling", "mean", "--epochs", 1, "--batch_size", 16)
+    run(
+        "--teacher",
+        cache,
+        "--student",
+        bert,
+        "--output",
+        out,
+        "--pooling",
+        "mean",
+        "--epochs",
+        1,
+        "--batch_size",
+        16,
+    )
     from cache_teacher import encode, load_encoder
 
-    theirs = library.SentenceTransformer(str(out), device="cpu").encode(sentences, convert_to_tensor=True)
+    theirs = library.SentenceTransformer(str(out), device="cpu").encode(
+        sentences, convert_to_tensor=True
+    )
     torch.testing.assert_close(
-        encode(*load_encoder(str(out))[:2], sentences, "mean", 256, 32), theirs, atol=1e-5, rtol=1e-4
+        encode(*load_encoder(str(out))[:2], sentences, "mean", 256, 32),
+        theirs,
+        atol=1e-5,
+        rtol=1e-4,
     )
 
 
 def test_training_learns_the_teacher(tmp_path, bert, corpus):
     cache, out = tmp_path / "lsa.pt", tmp_path / "student"
     cache_teacher.main(["--corpus", str(corpus), "--output", str(cache)])
-    run("--teacher", cache, "--student", bert, "--output", out, "--epochs", 30, "--batch_size", 16, "--lr", 3e-3)
-    tamd = [json.loads(line)["tamd"] for line in (out / "metrics.jsonl").read_text().splitlines() if "lr" in line]
+    run(
+        "--teacher",
+        cache,
+        "--student",
+        bert,
+        "--output",
+        out,
+        "--epochs",
+        30,
+        "--batch_size",
+        16,
+        "--lr",
+        3e-3,
+    )
+    tamd = [
+        json.loads(line)["tamd"]
+        for line in (out / "metrics.jsonl").read_text().splitlines()
+        if "lr" in line
+    ]
     assert tamd[-1] < 0.3 and tamd[-1] < tamd[0] / 2
 
 
@@ -601,7 +746,9 @@ def test_tiny_brings_its_own_defaults_and_the_command_line_wins(capsys):
 
 def killed_in_the_middle_of_an_epoch():
     steps, step = [], talas.training_step
-    talas.training_step = lambda *args: steps.append(0) or (os.kill(os.getpid(), 9) if len(steps) == 5 else step(*args))
+    talas.training_step = lambda *args: (
+        steps.append(0) or (os.kill(os.getpid(), 9) if len(steps) == 5 else step(*args))
+    )
 
 
 def killed_in_the_middle_of_a_save():
@@ -609,7 +756,9 @@ def killed_in_the_middle_of_a_save():
 
     def torn(content, path):
         saves.append(path)
-        if len(saves) < 3:  # before the first epoch, after it, and in the middle of the one after the second
+        if (
+            len(saves) < 3
+        ):  # before the first epoch, after it, and in the middle of the one after the second
             return write(content, path)
         Path(path).write_bytes(b"half a checkpoint")
         os.kill(os.getpid(), 9)
@@ -645,33 +794,60 @@ def interrupted_by_ctrl_c():
         (interrupted_by_ctrl_c, 2),
     ],
 )
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, bert, cache, stop, code):
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    tmp_path, bert, cache, stop, code
+):
     flags = ["--teacher", cache, "--student", bert, "--epochs", 3, "--batch_size", 16, "--lr", 1e-3]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert in_a_process(lambda: run(*flags, "--output", whole)) == 0
     assert in_a_process(lambda: (stop(), run(*flags, "--output", resumed))) == code
     assert (resumed / "checkpoint.pt").exists() and not (resumed / "talas.json").exists()
-    assert in_a_process(lambda: cache_teacher.load_encoder(str(resumed))) == 2  # half a run is no model
-    assert in_a_process(lambda: run(*flags, "--output", resumed)) == 2  # neither trained again nor thrown away
+    assert (
+        in_a_process(lambda: cache_teacher.load_encoder(str(resumed))) == 2
+    )  # half a run is no model
+    assert (
+        in_a_process(lambda: run(*flags, "--output", resumed)) == 2
+    )  # neither trained again nor thrown away
     assert in_a_process(lambda: run(*flags, "--output", resumed, "--lr", 1e-4, "--resume")) == 2
     assert in_a_process(lambda: run(*flags, "--output", resumed, "--resume")) == 0
     assert sorted(p.relative_to(whole) for p in whole.rglob("*")) == sorted(
         p.relative_to(resumed) for p in resumed.rglob("*")
     )
-    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    assert (whole / "model.safetensors").read_bytes() == (
+        resumed / "model.safetensors"
+    ).read_bytes()
     for W, same in zip(
-        *(torch.load(out / "projections.pt", weights_only=True) for out in (whole, resumed)), strict=True
+        *(torch.load(out / "projections.pt", weights_only=True) for out in (whole, resumed)),
+        strict=True,
     ):
         assert torch.equal(W, same)
-    losses = [[json.loads(line).get("loss") for line in (out / "metrics.jsonl").open()] for out in (whole, resumed)]
+    losses = [
+        [json.loads(line).get("loss") for line in (out / "metrics.jsonl").open()]
+        for out in (whole, resumed)
+    ]
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
 @pytest.mark.parametrize("optimizer", ["asam", "adamw"])
-def test_two_processes_climb_and_descend_as_one_with_their_batches_together(tmp_path, cache, optimizer):
+def test_two_processes_climb_and_descend_as_one_with_their_batches_together(
+    tmp_path, cache, optimizer
+):
     """Without dropout, and with Eq. 3 alone, which sees no other sentence of the batch, the mean gradient is the same."""
     bert = small_bert(tmp_path / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    flags = ["--teacher", cache, "--student", bert, "--epochs", 2, "--lambda1", 0, "--lambda3", 0, "--lr", 1e-3]
+    flags = [
+        "--teacher",
+        cache,
+        "--student",
+        bert,
+        "--epochs",
+        2,
+        "--lambda1",
+        0,
+        "--lambda3",
+        0,
+        "--lr",
+        1e-3,
+    ]
     flags += ["--rho", 0.5, "--optimizer", optimizer]
 
     def keep_weights():
@@ -687,14 +863,20 @@ def test_two_processes_climb_and_descend_as_one_with_their_batches_together(tmp_
 
     assert in_two_processes(keep_weights) == [0, 0]
     assert in_a_process(lambda: run(*flags, "--batch_size", 16, "--output", tmp_path / "one")) == 0
-    first, second = (torch.load(tmp_path / f"process{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = (
+        torch.load(tmp_path / f"process{rank}.pt", weights_only=True) for rank in (0, 1)
+    )
     one, two = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
     start = AutoModel.from_pretrained(bert).state_dict()
-    assert not torch.equal(start["encoder.layer.2.output.dense.weight"], one["encoder.layer.2.output.dense.weight"])
+    assert not torch.equal(
+        start["encoder.layer.2.output.dense.weight"], one["encoder.layer.2.output.dense.weight"]
+    )
     for name in one:
         assert torch.equal(first[name], second[name]) and torch.equal(first[name], two[name])
         torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-3)
-    read = lambda name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    read = lambda name: [
+        json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in read("two")] == [line["step"] for line in read("one")]
     for line, same in zip(read("two"), read("one")):  # the means over both processes
         assert line.get("tamd", 0) == pytest.approx(same.get("tamd", 0), rel=1e-3)
@@ -713,7 +895,18 @@ def test_two_processes_draw_their_own_dropout_and_stay_together(tmp_path, bert, 
 
     def train():
         talas.training_step = watched
-        run("--teacher", cache, "--student", bert, "--epochs", 2, "--batch_size", 8, "--output", tmp_path / "two")
+        run(
+            "--teacher",
+            cache,
+            "--student",
+            bert,
+            "--epochs",
+            2,
+            "--batch_size",
+            8,
+            "--output",
+            tmp_path / "two",
+        )
 
     assert in_two_processes(train) == [0, 0]
     first, second = ([json.loads(line) for line in open(f"{seen}{rank}")] for rank in (0, 1))
@@ -721,24 +914,57 @@ def test_two_processes_draw_their_own_dropout_and_stay_together(tmp_path, bert, 
     assert all(a[0] != b[0] and a[1] == b[1] for a, b in zip(first, second))
 
 
-@pytest.mark.parametrize("stop", [killed_in_the_middle_of_an_epoch, killed_in_the_middle_of_the_last_save])
+@pytest.mark.parametrize(
+    "stop", [killed_in_the_middle_of_an_epoch, killed_in_the_middle_of_the_last_save]
+)
 def test_two_processes_resume_as_one_does(tmp_path, bert, cache, stop):
-    flags = ["--teacher", cache, "--student", bert, "--epochs", 2, "--batch_size", 6, "--lr", 1e-3, "--output"]
+    flags = [
+        "--teacher",
+        cache,
+        "--student",
+        bert,
+        "--epochs",
+        2,
+        "--batch_size",
+        6,
+        "--lr",
+        1e-3,
+        "--output",
+    ]
     assert in_two_processes(lambda: run(*flags, tmp_path / "whole")) == [0, 0]
     assert -9 in in_two_processes(lambda: (stop(), run(*flags, tmp_path / "resumed")))
     assert (tmp_path / "resumed" / "checkpoint.pt").exists()
-    assert in_a_process(lambda: run(*flags, tmp_path / "resumed", "--resume")) == 2  # one process is another run
+    assert (
+        in_a_process(lambda: run(*flags, tmp_path / "resumed", "--resume")) == 2
+    )  # one process is another run
     assert in_two_processes(lambda: run(*flags, tmp_path / "resumed", "--resume")) == [0, 0]
     whole, resumed = (tmp_path / name / "model.safetensors" for name in ("whole", "resumed"))
     assert whole.read_bytes() == resumed.read_bytes()
 
 
-def test_resuming_with_another_cache_or_pooling_is_refused(tmp_path, bert, cache, ends_with_one_line):
-    command = ["--teacher", cache, "--student", bert, "--epochs", 2, "--batch_size", 16, "--output", tmp_path / "out"]
+def test_resuming_with_another_cache_or_pooling_is_refused(
+    tmp_path, bert, cache, ends_with_one_line
+):
+    command = [
+        "--teacher",
+        cache,
+        "--student",
+        bert,
+        "--epochs",
+        2,
+        "--batch_size",
+        16,
+        "--output",
+        tmp_path / "out",
+    ]
     assert in_a_process(lambda: (killed_in_the_middle_of_an_epoch(), run(*command))) == -9
-    ends_with_one_line(lambda: run(*command, "--resume", "--pooling", "mean"), "--pooling", "cls", "mean")
+    ends_with_one_line(
+        lambda: run(*command, "--resume", "--pooling", "mean"), "--pooling", "cls", "mean"
+    )
     other = torch.load(cache, weights_only=True)
-    torch.save(other | {"embeddings": other["embeddings"].flip(0)}, cache)  # the same sentences, another teacher
+    torch.save(
+        other | {"embeddings": other["embeddings"].flip(0)}, cache
+    )  # the same sentences, another teacher
     ends_with_one_line(lambda: run(*command, "--resume"), "content of --teacher")
 
 
@@ -782,10 +1008,15 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path, 
         (["--resume"], ["no checkpoint"]),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_line(flags, words, cache, bert, tmp_path, ends_with_one_line):
+def test_a_mistake_on_the_command_line_is_one_line(
+    flags, words, cache, bert, tmp_path, ends_with_one_line
+):
     out = tmp_path / "out"
     ends_with_one_line(
-        lambda: run("--teacher", cache, "--student", bert, "--batch_size", 16, "--output", out, *flags), *words
+        lambda: run(
+            "--teacher", cache, "--student", bert, "--batch_size", 16, "--output", out, *flags
+        ),
+        *words,
     )
     assert not out.exists()
 
@@ -795,14 +1026,30 @@ def test_a_tokenizer_of_another_model_is_one_line(tmp_path, bert, cache, ends_wi
     tokenizer.add_tokens([f"new{i}" for i in range(5)])
     tokenizer.save_pretrained(bert)
     ends_with_one_line(
-        lambda: run("--teacher", cache, "--student", bert, "--output", tmp_path / "out"), "tokenizer", "embeddings"
+        lambda: run("--teacher", cache, "--student", bert, "--output", tmp_path / "out"),
+        "tokenizer",
+        "embeddings",
     )
 
 
 @pytest.mark.parametrize("flags", [["--lr", 1e18], ["--rho", 1e18]])
-def test_divergence_stops_with_the_step_and_keeps_the_checkpoint(tmp_path, bert, cache, flags, ends_with_one_line):
+def test_divergence_stops_with_the_step_and_keeps_the_checkpoint(
+    tmp_path, bert, cache, flags, ends_with_one_line
+):
     out = tmp_path / "out"
-    command = ["--teacher", cache, "--student", bert, "--output", out, "--batch_size", 16, "--epochs", 4, *flags]
+    command = [
+        "--teacher",
+        cache,
+        "--student",
+        bert,
+        "--output",
+        out,
+        "--batch_size",
+        16,
+        "--epochs",
+        4,
+        *flags,
+    ]
     ends_with_one_line(lambda: run(*command), "not finite", "--lr", "--rho")
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert all(p.isfinite().all() for p in state["student"].values())
@@ -810,7 +1057,18 @@ def test_divergence_stops_with_the_step_and_keeps_the_checkpoint(tmp_path, bert,
 
 def test_an_existing_output_is_kept(tmp_path, bert, cache, ends_with_one_line):
     out = tmp_path / "student"
-    command = ["--teacher", cache, "--student", bert, "--output", out, "--epochs", 1, "--batch_size", 16]
+    command = [
+        "--teacher",
+        cache,
+        "--student",
+        bert,
+        "--output",
+        out,
+        "--epochs",
+        1,
+        "--batch_size",
+        16,
+    ]
     run(*command)
     (out / "mine.txt").write_text("mine")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -827,7 +1085,9 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, bert, cache, end
     (tmp_path / "file").write_text("in the way")
     command = ["--teacher", cache, "--student", bert, "--batch_size", 16]
     ends_with_one_line(lambda: run(*command, "--output", tmp_path / "file"), "exists")
-    ends_with_one_line(lambda: run(*command, "--output", tmp_path / "file" / "student"), "cannot write")
+    ends_with_one_line(
+        lambda: run(*command, "--output", tmp_path / "file" / "student"), "cannot write"
+    )
 
 
 # ------------------------------------------------------------------------------------------------- properties
@@ -835,7 +1095,10 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, bert, cache, end
 
 @pytest.mark.parametrize("seed", range(5))
 def test_eqs_3_to_6_do_not_see_lengths_or_the_order_of_the_batch(seed):
-    layers, teacher = [rows(6, 5, seed=10 * seed + i) for i in range(3)], rows(6, 4, seed=10 * seed + 3)
+    layers, teacher = (
+        [rows(6, 5, seed=10 * seed + i) for i in range(3)],
+        rows(6, 4, seed=10 * seed + 3),
+    )
     projections = [rows(5, 4, seed=10 * seed + 4 + i) for i in range(3)]
     lengths, order = (
         rows(6, 1, seed=10 * seed + 7).exp(),
@@ -860,24 +1123,62 @@ def test_eqs_3_to_6_do_not_see_lengths_or_the_order_of_the_batch(seed):
 @pytest.mark.parametrize("weights", [(0, 0.75, 0), (0, 0, 1), (0.001, 0.75, 1)])
 def test_tables_2_and_9_every_combination_trains(tmp_path, bert, cache, optimizer, weights):
     flags = [flag for i, w in enumerate(weights) for flag in (f"--lambda{i + 1}", w)]
-    command = ["--teacher", cache, "--student", bert, "--output", tmp_path / "out", "--epochs", 1, "--batch_size", 16]
+    command = [
+        "--teacher",
+        cache,
+        "--student",
+        bert,
+        "--output",
+        tmp_path / "out",
+        "--epochs",
+        1,
+        "--batch_size",
+        16,
+    ]
     run(*command, "--optimizer", optimizer, *flags)
-    step, epoch = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    step, epoch = [
+        json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert (step["sharpness_gap"] == 0) == (optimizer == "adamw") and epoch["lambda_max"] is None
 
 
 def test_table4_an_epoch_with_sharpness_trains_as_without_and_records_it(tmp_path, bert, cache):
-    command = ["--teacher", cache, "--student", bert, "--epochs", 2, "--batch_size", 16, "--lr", 1e-3]
+    command = [
+        "--teacher",
+        cache,
+        "--student",
+        bert,
+        "--epochs",
+        2,
+        "--batch_size",
+        16,
+        "--lr",
+        1e-3,
+    ]
     run(*command, "--output", tmp_path / "with", "--sharpness")
     run(*command, "--output", tmp_path / "without")
-    lines = [json.loads(line) for line in (tmp_path / "with" / "metrics.jsonl").read_text().splitlines()]
-    assert [math.isfinite(line["lambda_max"]) for line in lines if "end_of_epoch" in line] == [True, True]
+    lines = [
+        json.loads(line) for line in (tmp_path / "with" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [math.isfinite(line["lambda_max"]) for line in lines if "end_of_epoch" in line] == [
+        True,
+        True,
+    ]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("with", "without")]
     assert weights[0] == weights[1]
 
 
 def test_table2_simcse_alone_needs_no_teacher(tmp_path, bert, corpus):
-    command = ["--teacher", corpus, "--student", bert, "--output", tmp_path / "out", "--batch_size", 16]
+    command = [
+        "--teacher",
+        corpus,
+        "--student",
+        bert,
+        "--output",
+        tmp_path / "out",
+        "--batch_size",
+        16,
+    ]
     run(*command, "--lambda1", 1, "--lambda2", 0, "--lambda3", 0, "--optimizer", "adamw")
     assert json.loads((tmp_path / "out" / "talas.json").read_text())["teacher"] is None
 
@@ -903,13 +1204,27 @@ def test_the_demo_end_to_end_at_a_reduced_size(tmp_path):
     scripts = [
         ["cache_teacher.py", "--corpus", "corpus.jsonl"],
         ["talas.py", "--epochs", "2"],
-        ["eval.py", "lsa", "tiny", "student", "--tasks", "topics,captions", "--json", "scores.json"],
+        [
+            "eval.py",
+            "lsa",
+            "tiny",
+            "student",
+            "--tasks",
+            "topics,captions",
+            "--json",
+            "scores.json",
+        ],
     ]
     for script, *flags in scripts:
         done = subprocess.run(
-            [sys.executable, str(ROOT / script), *flags], cwd=tmp_path, capture_output=True, text=True
+            [sys.executable, str(ROOT / script), *flags],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["student"]["avg"] > scores["tiny"]["avg"] + 15
-    assert "| student |" in done.stdout and load_cache(tmp_path / "teacher.pt")["embeddings"].shape == (1500, 32)
+    assert "| student |" in done.stdout and load_cache(tmp_path / "teacher.pt")[
+        "embeddings"
+    ].shape == (1500, 32)

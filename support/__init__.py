@@ -1,0 +1,53 @@
+"""What keeps a run safe, so that the three scripts can be about the paper.
+
+encoder.py: models and their embeddings; data.py: sentences and benchmarks; run.py: files, checkpoints, metrics, devices.
+"""
+
+import functools
+import os
+import sys
+
+
+def fail(message):
+    """End with exit code 2 and one line on standard error: the user's mistake, not a bug."""
+    line = " ".join(str(message).splitlines())
+    print("error:", line if len(line) < 600 else f"{line[:590]} ...", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def one_line(main):
+    """Wrap a script's main so that Ctrl-C and a closed or narrow terminal end in one line, too."""
+
+    @functools.wraps(main)
+    def run(argv=None):
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream is None:  # closed by the caller
+                setattr(sys, name, open(os.devnull, "w"))
+            elif hasattr(stream, "reconfigure"):  # ASCII alone must not cost a table
+                stream.reconfigure(errors="replace")
+        try:
+            main(argv)
+        except KeyboardInterrupt:
+            fail("interrupted")
+        except BrokenPipeError:
+            pass  # found again below
+        finally:
+            try:
+                sys.stdout.flush()
+            except OSError as error:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                fail(f"standard output was lost: {error.strerror}")
+
+    return run
+
+
+def _stopped_while_loading(kind, error, trace):
+    """Report Ctrl-C while the libraries are imported like any other Ctrl-C."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    print("error: interrupted", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+sys.excepthook = _stopped_while_loading
