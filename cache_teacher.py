@@ -8,6 +8,13 @@ unique), sources (n str, the domain of each), embeddings (n, d_T), teacher, pool
 fingerprint (of the sentences), version, recipe (of all that the embeddings depend on).
 """
 
+from support import fail, one_line
+from support.data import read_corpus, unique
+from support.encoder import encode, pad, to_device, tokenize
+from support.files import alone, attempt, digest, keep_apart, load, positive, save
+from support.loading import load_encoder
+from support.run import pick_device
+
 import argparse
 import time
 from pathlib import Path
@@ -17,11 +24,6 @@ import torch
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import make_pipeline
-
-from support import fail, one_line
-from support.data import read_corpus, unique
-from support.encoder import encode, load_encoder, pad, to_device, tokenize
-from support.run import alone, digest, keep_apart, load, pick_device, positive, reading, save
 
 VERSION = 1  # of the cache's format
 KEYS = ("sentences", "sources", "embeddings", "teacher", "pooling", "max_length", "fingerprint")
@@ -49,16 +51,14 @@ def fit_lsa(sentences):
 
 def read_array(path, n):
     """Embeddings from elsewhere: a .npy or .pt array (n, d_T), a row a sentence of the corpus."""
-    with reading(path):
-        if path.endswith(".pt"):
-            array = load(path)
-        else:
-            array = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
-    kind = f"{type(array).__name__} of {getattr(array, 'dtype', 'no numbers')}"
-    if not isinstance(array, torch.Tensor) or not array.is_floating_point() or array.is_sparse:
-        fail(f"{path} must hold one dense array of floating-point numbers; it holds a {kind}")
-    if array.ndim != 2 or array.shape[1] < 1:
-        fail(f"{path} must be (sentences, dimensions); it is {tuple(array.shape)}")
+    with attempt(f"read {path}"):
+        numpy = path.endswith(".npy")
+        array = np.load(path, mmap_mode="c", allow_pickle=False) if numpy else load(path)
+        array = torch.from_numpy(array) if numpy else array
+        if array.dtype not in (*DTYPES.values(), torch.float64) or array.layout != torch.strided:
+            raise ValueError(f"{array.layout} of {array.dtype}, not plain floating-point numbers")
+        if array.ndim != 2 or array.shape[1] < 1:
+            raise ValueError(f"{tuple(array.shape)} is not (sentences, dimensions)")
     if len(array) != n:
         fail(f"{path} has {len(array)} rows, the corpus {n} sentences; give a row each, in order")
     return array.detach()
@@ -105,12 +105,27 @@ def make_cache(args, texts, sources, embeddings, pooling, recipe):
     }
 
 
-def load_cache(path):
-    """The dict that this script wrote, checked; its embeddings stay on disk. Ends if it is torn."""
+def read_sentences(corpus, seed=42):
+    """(texts, sources, kept, n): the unique sentences of a corpus of n, and their positions."""
+    sentences, sources = read_corpus(corpus, seed)
+    kept = unique(sentences)
+    texts = [sentences[i].strip() for i in kept]
+    return texts, [sources[i] for i in kept], kept, len(sentences)
+
+
+def load_cache(path, needed=True):
+    """The dict that this script wrote, checked; its embeddings stay on disk (mmap).
+
+    If embeddings are not `needed`, a corpus will do. Ends the program if the file can't be used.
+    """
+    if not needed and not path.endswith(".pt"):
+        texts, sources, *_ = read_sentences(path)
+        cache = {"sentences": texts, "sources": sources, "embeddings": None, "teacher": None}
+        return cache | {"fingerprint": fingerprint(texts)}
     if not Path(path).exists():
         fail(f"no teacher cache at {path}; make one: python cache_teacher.py --output {path}")
     cache = load(path)
-    with reading(f"{path} as a teacher cache"):
+    with attempt(f"read {path} as a teacher cache"):
         sentences, sources, embeddings = (cache[key] for key in KEYS[:3])
         if missing := [key for key in KEYS if key not in cache]:
             fail(f"{path} is no teacher cache: it has no {missing[0]}")
@@ -128,15 +143,6 @@ def load_cache(path):
         if not usable(embeddings).all():
             fail(f"{path}: some embeddings are zero or not finite")
     return cache
-
-
-def without_teacher(corpus):
-    """A cache's dict without embeddings, for training without Eq. 3: a corpus alone."""
-    sentences, sources = read_corpus(corpus)
-    kept = unique(sentences)
-    texts = [sentences[i].strip() for i in kept]
-    cache = {"sentences": texts, "sources": [sources[i] for i in kept], "embeddings": None}
-    return cache | {"teacher": None, "fingerprint": fingerprint(texts)}
 
 
 class Corpus:
@@ -190,15 +196,13 @@ def parse_args(argv):
 
 def cache_embeddings(args):
     """Algorithm 1, line 3: embed the corpus with the teacher, unless that is what is there."""
-    sentences, sources = read_corpus(args.corpus, args.seed)
-    kept = unique(sentences)
-    texts, sources = [sentences[i].strip() for i in kept], [sources[i] for i in kept]
+    texts, sources, kept, n = read_sentences(args.corpus, args.seed)
     encoder, pooling = None, "none"
     if args.teacher == "lsa":
         embeddings = torch.from_numpy(fit_lsa(texts).transform(texts))
         content = ["lsa"]
     elif args.teacher.endswith((".npy", ".pt")):
-        embeddings = read_array(args.teacher, len(sentences))[kept]
+        embeddings = read_array(args.teacher, n)[kept]
         content = [embeddings]
     else:
         how = {"dtype": DTYPES[args.dtype], "device": pick_device(args.device)}

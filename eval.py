@@ -9,6 +9,13 @@ split. Pair classification: average precision of the cosine. STS: Spearman corre
 cosine. Embeddings are the pooled vectors as they are, not normalised.
 """
 
+from support import fail, one_line
+from support.data import DEMO, HUB, IN_DOMAIN, load_hub_split, read_corpus, read_table
+from support.encoder import encode, tokenize
+from support.files import attempt, positive, write_json
+from support.loading import load_encoder
+from support.run import pick_device
+
 import argparse
 import json
 import math
@@ -21,17 +28,13 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, f1_score
 
-from support import fail, one_line
 from cache_teacher import fit_lsa
 from demo.tiny import tiny_student
-from support.data import DEMO, HUB, load_hub_split, read_corpus, read_table
-from support.encoder import encode, load_encoder, tokenize
-from support.run import pick_device, positive, reading, write_json
 
 KINDS = {  # the metric of each kind of task, which is read off its columns
-    ("text", "label"): "F1",
-    ("sentence1", "sentence2", "label"): "AP",
-    ("sentence1", "sentence2", "score"): "Spearman",
+    "F1": {"text": str, "label": (str, int)},
+    "AP": {"sentence1": str, "sentence2": str, "label": (int, float)},
+    "Spearman": {"sentence1": str, "sentence2": str, "score": (int, float)},
 }
 
 
@@ -90,107 +93,77 @@ def load_tasks(data, names):
 
     data: demo, hub or a directory; names: some of the tasks, or None for all.
     """
-    folder = DEMO if data == "demo" else Path(data)
-    if data == "hub":
-        there, in_domain = list(HUB), [task for task, source in HUB.items() if source.in_domain]
-    else:
-        there, in_domain = look_for_tasks(folder)
-    if unknown := [name for name in names or [] if name not in there]:
-        fail(f"no task {', '.join(unknown)} in {data}; there are: {', '.join(there) or 'none'}")
-    if not there:
-        fail(f"{data} holds no task: a folder each, with test.jsonl and maybe train.jsonl")
+    folder, in_domain, there = DEMO if data == "demo" else Path(data), IN_DOMAIN, list(HUB)
+    if data != "hub":
+        with attempt(f"read --data {data}, which is neither demo nor hub"):
+            folders = [path.name for path in folder.iterdir() if path.is_dir()]
+            there = sorted(name for name in folders if name[0] not in "._")
+    if data != "hub" and (folder / "tasks.json").exists():
+        with attempt(f'read {folder / "tasks.json"} as {{"in_domain": [names of tasks]}}'):
+            in_domain = json.loads((folder / "tasks.json").read_text("utf-8"))["in_domain"]
+            if not isinstance(in_domain, list) or not set(in_domain) <= set(there):
+                raise ValueError(f"{in_domain} are not all among {', '.join(there)}")
+    names = there if names is None else names
+    if not names or (unknown := [name for name in names if name not in there]):
+        wanted = ", ".join(unknown) if names else "(a folder with test.jsonl)"
+        fail(f"no task {wanted} in {data}; there are: {', '.join(there) or 'none'}")
 
     def rows(task, split):
         if data == "hub":
             return load_hub_split(task, split)
         return read_table(folder / task / f"{split}.jsonl")
 
-    tasks = {name: check_task(name, rows) for name in names or there}
-    table1, kinds = list(HUB), list(KINDS.values())
-
-    def place(name):
-        known = table1.index(name) if name in table1 else len(table1)
-        return known, kinds.index(tasks[name]["kind"])
-
-    return {name: tasks[name] for name in sorted(tasks, key=place)}, in_domain
-
-
-def look_for_tasks(folder):
-    """(names of the tasks, names of the in-domain ones) of a directory with a folder a task."""
-    if not folder.is_dir():
-        fail(f"--data {folder} is neither demo, hub nor a directory")
-    with reading(folder):
-        folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        there = [name for name in folders if not name.startswith((".", "_"))]
-        if not (folder / "tasks.json").exists():
-            return there, ["emotion", "wic", "stsb"]
-    with reading(f'{folder / "tasks.json"} as {{"in_domain": [names of tasks]}}'):
-        in_domain = json.loads((folder / "tasks.json").read_text(encoding="utf-8"))["in_domain"]
-        if not isinstance(in_domain, list) or not set(in_domain) <= set(there):
-            raise ValueError(f"{in_domain} are not among {', '.join(there)}")
-        return there, in_domain
+    tasks = {name: check_task(name, rows) for name in names}
+    places = [*HUB, *(name for kind in KINDS for name in tasks if tasks[name]["kind"] == kind)]
+    return {name: tasks[name] for name in sorted(tasks, key=places.index)}, in_domain
 
 
 def check_rows(name, split, rows):
-    """The columns that make these rows one of the three kinds of task; else the program ends."""
-    if not rows:
-        fail(f"{name}: the {split} split is empty")
-    there = ",".join(rows[0])
-    fitting = [columns for columns in KINDS if set(columns) <= set(rows[0])]
-    if not fitting:
-        fail(
-            f"{name}: {split} needs the columns {' or '.join(map(','.join, KINDS))}; it has {there}"
-        )
-    if len(fitting) > 1:
-        fail(f"{name}: the columns of {split}, {there}, fit two kinds of task; drop one")
-    (columns,) = fitting
-    number = (int, float)
-    types = {"text": str, "sentence1": str, "sentence2": str, "score": number}
-    types["label"] = (str, int) if columns[0] == "text" else number
-    for i, row in enumerate(rows, 1):
-        for column in columns:
+    """The kind of task that these rows are of; ends the program if they are not just one."""
+    there = rows[0].keys() if rows else ()
+    fitting = [kind for kind, columns in KINDS.items() if columns.keys() <= there]
+    if len(fitting) != 1:
+        known = " or ".join(",".join(columns) for columns in KINDS.values())
+        found = ",".join(there) or "no row"
+        fail(f"{name}: {split} must have the columns of one kind of task, {known}; it has {found}")
+    for number, row in enumerate(rows, 1):
+        for column, types in KINDS[fitting[0]].items():
             value = row.get(column)
-            if (
-                not isinstance(value, types[column])
-                or value != value
-                or value in (math.inf, -math.inf)
-            ):
-                fail(f"{name}: row {i} of {split} has no usable {column}")
-    return columns
+            sensible = isinstance(value, str) or (isinstance(value, types) and abs(value) < 2**53)
+            if not (isinstance(value, types) and sensible):
+                fail(f"{name}: row {number} of {split} has no usable {column}")
+    return fitting[0]
 
 
 def check_task(name, rows):
-    """A task that can be scored, of the splits that rows(name, split) gives; else the program ends."""
+    """A task that can be scored, of the rows(name, split); else the program ends."""
     task = {"test": rows(name, "test")}
-    columns = check_rows(name, "test", task["test"])
-    task["kind"], target = KINDS[columns], columns[-1]
+    task["kind"] = kind = check_rows(name, "test", task["test"])
+    target = list(KINDS[kind])[-1]
     values = {row[target] for row in task["test"]}
-    if task["kind"] == "AP" and not values <= {0, 1}:
-        found = ", ".join(map(str, sorted(values)[:5]))
-        fail(f"{name}: labels must be 0 or 1; found {found}")
-    if len(values) < 2:
-        fail(f"{name}: every row of test has the same {target}, so there is nothing to measure")
-    if task["kind"] == "F1":
+    if kind == "AP" and not values <= {0, 1}:
+        fail(f"{name}: labels must be 0 or 1; found {sorted(values)[:5]}")
+    learnt = values
+    if kind == "F1":
         task["train"] = rows(name, "train")
-        if check_rows(name, "train", task["train"]) != columns:
-            fail(f"{name}: train needs the columns of test, {','.join(columns)}")
-        learnt = {row["label"] for row in task["train"]}
+        if check_rows(name, "train", task["train"]) != kind:
+            fail(f"{name}: train needs the columns of test, {','.join(KINDS[kind])}")
+        learnt = {row[target] for row in task["train"]}
         if len({type(label) for label in learnt | values}) > 1:
             fail(f"{name}: some labels are numbers and some are text; write them all in one way")
-        if len(learnt) < 2:
-            fail(f"{name}: every row of train has the same label, so there is nothing to learn")
         if unseen := values - learnt:
-            some = ", ".join(sorted(map(str, unseen))[:5])
-            fail(f"{name}: test has labels that train lacks: {some}")
+            fail(f"{name}: test has labels that train lacks: {sorted(unseen)[:5]}")
+    if min(len(values), len(learnt)) < 2:
+        fail(f"{name}: every row has the same {target}, so there is nothing to measure or learn")
     return task
 
 
 # -------------------------------------------------------------------------------------- the models
 def load_model(name, args):
     """(n sentences, label of the progress bar) -> (n, d): a directory's, a Hub id's, lsa, tiny."""
-    device = pick_device(args.device)
-    if name in ("lsa", "tiny"):  # both are made of a corpus: the one beside the tasks
-        corpus = (DEMO if args.data == "demo" else Path(args.data)) / "corpus.jsonl"
+    device, corpus = pick_device(args.device), Path(args.data, "corpus.jsonl")
+    corpus = DEMO / "corpus.jsonl" if args.data == "demo" else corpus
+    if name in ("lsa", "tiny"):  # both are made of the corpus beside the tasks
         if not corpus.exists():
             fail(f"{name} belongs to the demo; with --data {args.data} it needs a {corpus}")
         sentences = list(dict.fromkeys(read_corpus(str(corpus))[0]))
@@ -201,13 +174,15 @@ def load_model(name, args):
         encoder = tiny_student(sentences, 42, args.pooling, args.max_length, device)  # talas's seed
     else:
         encoder = load_encoder(name, args.pooling, args.max_length, device=device)
-    return lambda texts, label: encode(
-        encoder, tokenize(encoder, texts), args.batch_size, label
-    ).numpy()
+
+    def embed(texts, label):
+        return encode(encoder, tokenize(encoder, texts), args.batch_size, label).numpy()
+
+    return embed
 
 
 def evaluate(name, tasks, in_domain, args):
-    """{task: score in percent, ..., "avg_in", "avg_out", "avg"} of a model; a mean of none: None."""
+    """{task: score in percent, ..., "avg_in", "avg_out", "avg"}; a mean over no task is None."""
     embed = load_model(name, args)
     known, scores = {}, {}  # each distinct sentence is embedded once
     for task_name, task in tasks.items():
@@ -244,7 +219,7 @@ def markdown(results, tasks, in_domain):
     for name, *cells in rows:
         padded = [name.ljust(first), *(c.rjust(width) for c, width in zip(cells, others))]
         lines.append(f"| {' | '.join(padded)} |")
-    of_kind = {kind: [n for n in tasks if tasks[n]["kind"] == kind] for kind in KINDS.values()}
+    of_kind = {kind: [n for n in tasks if tasks[n]["kind"] == kind] for kind in KINDS}
     legend = [f"{kind}: {', '.join(names)}" for kind, names in of_kind.items() if names]
     return "\n".join([*lines, "", f"{'; '.join(legend)}; * in-domain"])
 
@@ -265,20 +240,18 @@ def parse_args(argv):
     flag("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
     args = parser.parse_args(argv)
     if args.json is not None:
-        check_json(Path(args.json))
+        with attempt(f"use --json {args.json}"):
+            check_json(Path(args.json))
     return args
 
 
 def check_json(path):
     """End the program if the scores can't be written there, or something else would be lost."""
-    with reading(f"--json {path}, which must be a file's name in a folder that exists"):
-        if path.is_dir() or not path.parent.is_dir() or not path.name:
-            raise ValueError("it is none")
+    if path.is_dir() or not path.parent.is_dir():
+        fail(f"--json {path} must be a file's name in a folder that exists")
     if path.exists():
-        with reading(
-            f"{path}, where something else than scores would be lost; choose another --json"
-        ):
-            all(scores["avg"] for scores in json.loads(path.read_text(encoding="utf-8")).values())
+        with attempt(f"take {path} for earlier scores to replace; choose another --json"):
+            all(scores["avg"] for scores in json.loads(path.read_text("utf-8")).values())
 
 
 @one_line

@@ -1,7 +1,7 @@
 """TALAS: distil the cached sentence embeddings of a large teacher into a small student encoder.
 
     python cache_teacher.py && python talas.py             # the demo: offline, on a laptop's CPU
-    python talas.py --teacher teacher.pt --student nreimers/MiniLMv2-L6-H384-distilled-from-BERT-Base
+    python talas.py --teacher bge-m3.pt --student google-bert/bert-base-uncased
     torchrun --nproc_per_node=4 talas.py --teacher ...     # data-parallel, on 4 GPUs
 
 In the paper's order: settings (Appendix E), losses (Eqs. 3-7, 10-12), ASAM (Eq. 2), Algorithm 1,
@@ -9,8 +9,13 @@ sharpness (Table 4). N is the batch size, T the number of tokens, L that of the 
 d_S and d_T the two models' dimensions.
 """
 
+from support import fail, one_line
+from support import run as runs
+from support.encoder import hidden_states, pieces_of_like_length, pool, save_encoder
+from support.loading import load_encoder
+
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,36 +24,24 @@ from scipy.linalg import eigh_tridiagonal
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 from transformers.hf_argparser import HfArg
 
-from support import fail, one_line
-from support import run as runs
-from cache_teacher import Corpus, load_cache, without_teacher
+from cache_teacher import Corpus, load_cache
 from demo import tiny
-from support.encoder import (
-    hidden_states,
-    load_encoder,
-    pieces_of_like_length,
-    pool,
-    save_encoder,
-)
 
 
 # ---------------------------------------------------------------------------------------- settings
 @dataclass(frozen=True)
 class Settings:
-    """Every setting. The paper gives lambda1-3, lr, epochs, batch_size (Appendix E) and K (Fig. 3).
+    """Every setting. The paper's: lambda1-3, lr, epochs, batch_size (Appendix E), K = 2 (Fig. 3).
 
-    It does not give tau, rho, eta, weight_decay, warmup_ratio or the rate of W_l: those are choices
-    (docs/notes.md says why).
+    Choices, where it is silent (docs/notes.md): tau, rho, eta, weight decay, warm-up, W_l's rate.
     """
 
     teacher: str = HfArg(default="teacher.pt", help="the cache; without TAMD, a corpus will do")
-    student: str = HfArg(
-        default="tiny", help="Hub id or directory; tiny: a small BERT from scratch"
-    )
+    student: str = HfArg(default="tiny", help="Hub id or directory; tiny: a BERT from scratch")
     output: str = HfArg(default="student", help="directory for the distilled student")
     overwrite: bool = HfArg(default=False, help="replace what an earlier run left in output")
     resume: bool = HfArg(default=False, help="go on from the last whole epoch of a run")
-    pooling: Literal["auto", "cls", "mean", "last"] = HfArg(default="auto", help="of the student")
+    pooling: Literal["auto", "cls", "mean", "last"] = HfArg(default="auto", help="the student's")
     lambda1: float = HfArg(default=0.001, help="weight of SimCSE, Eq. 6")
     lambda2: float = HfArg(default=0.75, help="weight of TAMD, Eq. 3")
     lambda3: float = HfArg(default=1.0, help="weight of LASD, Eq. 5")
@@ -56,9 +49,7 @@ class Settings:
     anchored_layers: int = HfArg(default=2, help="K = k + 1: top layers that TAMD anchors, Eq. 3")
     lasd_layers: int = HfArg(default=0, help="top layers that LASD chains, Eq. 5; 0: all L")
     detach_guide: bool = HfArg(default=False, help="stop LASD's gradient into the upper layers")
-    optimizer: Literal["asam", "sam", "disam", "adamw"] = HfArg(
-        default="asam", help="Eqs. 2, 8, 10"
-    )
+    optimizer: Literal["asam", "sam", "disam", "adamw"] = HfArg(default="asam", help="Eqs. 2-12")
     rho: float = HfArg(default=0.05, help="radius of the ascent step, Eq. 2")
     eta: float = HfArg(default=0.0, help="of T_w = |w| + eta, Eq. 2; Algorithm 1's eta is lr")
     disam_lambda: float = HfArg(default=0.1, help="lambda of Eq. 10, against unlike domains")
@@ -201,31 +192,31 @@ class ASAM:
         self.optimizer, self.rho, self.eta, self.adaptive = optimizer, rho, eta, adaptive
         self.moved, self.w = [], {}  # the parameters that stand at w̃; copies of w, kept for reuse
 
-    def T(self, w):
-        """The diagonal of T_w, for one parameter."""
-        return w.abs() + self.eta if self.adaptive else torch.ones_like(w)
-
     @torch.no_grad()
     def ascent_step(self):
         """Move w to w̃ = w + ε̂ and clear the gradients; parameters without one stay at w."""
         self.restore()
         groups = self.optimizer.param_groups
-        self.moved = [p for group in groups for p in group["params"] if p.grad is not None]
-        if not self.moved:
+        self.moved = w = [p for group in groups for p in group["params"] if p.grad is not None]
+        if not w:
             return
-        # ‖T_w ∇L(w)‖₂ over all parameters together; no gradient at all gives no step, not 0 / 0
-        norm = torch.stack([(self.T(w) * w.grad).norm() for w in self.moved]).norm()
-        norm = norm.clamp(min=torch.finfo(norm.dtype).tiny)
-        for w in self.moved:
-            self.w.setdefault(w, torch.empty_like(w)).copy_(w)
-            w += self.rho * self.T(w) ** 2 * w.grad / norm  # ε̂
+        self.w |= {p: torch.empty_like(p) for p in w if p not in self.w}
+        torch._foreach_copy_([self.w[p] for p in w], w)
+        # T, Tg: lists, a tensor a parameter; _foreach_ does the same to each, in a few passes
+        T = [p.abs().add_(self.eta) if self.adaptive else torch.ones_like(p) for p in w]  # |w| + η
+        Tg = [p.grad for p in w]
+        torch._foreach_mul_(Tg, T)  # T_w ∇L(w), in the gradient's own memory
+        norm = torch.stack(torch._foreach_norm(Tg)).norm()  # over all parameters together
+        scale = self.rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # a zero gradient: no step
+        torch._foreach_mul_(Tg, scale)
+        torch._foreach_addcmul_(w, T, Tg)  # w̃ = w + ε̂, with ε̂ = T_w · ρ T_w ∇L(w) / ‖T_w ∇L(w)‖₂
         self.optimizer.zero_grad()
 
     @torch.no_grad()
     def restore(self):
         """Put w back exactly, from its copy, if it stands at w̃."""
-        for w in self.moved:
-            w.copy_(self.w[w])
+        if self.moved:
+            torch._foreach_copy_(self.moved, [self.w[p] for p in self.moved])
         self.moved = []
 
     def descent_step(self):
@@ -273,7 +264,7 @@ def batches(n, s, epoch):
 
 def set_up(s, student, d_T, steps):
     """(objective, ASAM, scheduler): AdamW with a warmed-up cosine schedule, inside ASAM or SAM."""
-    # The cosine of Eq. 3 ignores the length of W_l: its size only sets how fast it turns. Start small.
+    # The cosine of Eq. 3 ignores the length of W_l, which only slows its turning: start small.
     K = s.anchored_layers if s.lambda2 else 0
     projections = [torch.randn(student.dimensions, d_T) * 1e-3 for _ in range(K)]  # (d_S, d_T)
     objective = Objective(student, projections, s).to(student.model.device)
@@ -362,41 +353,8 @@ def measure_sharpness(objective, corpus, s):
 
 
 # ------------------------------------------------------------------------------------ command line
-def check_settings(s):
-    """End the program if a setting has no meaning."""
-    positive = ("temperature", "lr", "projection_lr_scale", "epochs", "batch_size", "max_length")
-    for name, value in asdict(s).items():
-        above = name in (*positive, "anchored_layers")
-        if type(value) in (int, float) and not (0 <= value < 2**63 and (value or not above)):
-            fail(f"--{name} {value}: it must be a number {'above' if above else 'of at least'} 0")
-    if not s.output:
-        fail("--output '': give the folder for the student a name")
-    if s.warmup_ratio > 1:
-        fail(f"--warmup_ratio {s.warmup_ratio}: it is a part of the steps, at most 1")
-    if s.lambda1 == s.lambda2 == s.lambda3 == 0:
-        fail("--lambda1, --lambda2 and --lambda3 are all 0: there is nothing to learn")
-    if s.batch_size == 1 and s.lambda1 + s.lambda3 > 0:
-        fail("--batch_size 1: Eqs. 5 and 6 compare the sentences of a batch; take more")
-    if s.lasd_layers == 1:
-        fail("--lasd_layers 1: Eq. 5 chains two layers or more, 0 means all; --lambda3 0 skips it")
-    runs.check_output(s)
-
-
-def check_fit(s, student, n):
-    """End the program if the settings do not fit the student or the corpus of n sentences."""
-    L = student.layers
-    if n < s.batch_size * runs.processes():
-        fail(f"--batch_size {s.batch_size}: the corpus has only {n} sentences")
-    if len(set(student.widths)) > 1:
-        fail(f"{s.student}: its layers have unlike widths, {student.widths}; take another student")
-    if s.lambda2 and s.anchored_layers > L:
-        fail(f"--anchored_layers {s.anchored_layers}: {s.student} has {L} layers")
-    if s.lambda3 and max(s.lasd_layers, 2) > L:
-        fail(f"--lasd_layers {s.lasd_layers}: {s.student} has {L} layers; --lambda3 0 skips LASD")
-
-
 def parse_settings(argv):
-    """Settings from the command line; the tiny student brings its own defaults, which are printed."""
+    """Settings from the command line; the tiny student's own defaults are printed."""
     parser = HfArgumentParser(Settings, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
     if parser.parse_args(argv).student == "tiny":
@@ -407,7 +365,7 @@ def parse_settings(argv):
 
 
 def load_student(s, sentences):
-    """The student as an Encoder: tiny's vocabulary is made of the sentences, others are loaded."""
+    """The student as an Encoder: tiny is made from scratch, with the sentences' own vocabulary."""
     device = runs.pick_device(s.device)
     if s.student == "tiny":
         return tiny.tiny_student(sentences, s.seed, s.pooling, s.max_length, device)
@@ -420,32 +378,24 @@ def save_student(folder, student, projections):
     torch.save([W.detach().cpu() for W in projections], folder / "projections.pt")
 
 
-def distil(s):
-    """Read the cache and the student, train, save."""
-    with_teacher = s.lambda2 or s.teacher.endswith(".pt")
-    cache = load_cache(s.teacher) if with_teacher else without_teacher(s.teacher)
-    torch.manual_seed(s.seed)
-    student = load_student(s, cache["sentences"])
-    check_fit(s, student, len(cache["sentences"]))
-    try:
-        projections = train(s, Corpus(cache, student), student)
-        about = {"teacher": cache["teacher"], "corpus": cache["fingerprint"]}
-        runs.finish(s, about, save_student, student, projections)
-    except KeyboardInterrupt:
-        fail(
-            f"interrupted; the same command with --resume goes on from the last epoch in {s.output}"
-        )
-    except torch.OutOfMemoryError:
-        fail(f"{s.device} is out of memory; try a smaller --batch_size or --max_length")
-
-
 @one_line
 def main(argv=None):
-    """The command line."""
+    """The command line: read the cache and the student, train, save."""
     s = parse_settings(argv)
-    check_settings(s)
-    with runs.joined(), runs.alone(s.output):
-        distil(s)
+    runs.check_settings(s)
+    with runs.started(s):
+        cache = load_cache(s.teacher, needed=s.lambda2 > 0)
+        torch.manual_seed(s.seed)
+        student = load_student(s, cache["sentences"])
+        runs.check_fit(s, student, len(cache["sentences"]))
+        try:
+            projections = train(s, Corpus(cache, student), student)
+            about = {"teacher": cache["teacher"], "corpus": cache["fingerprint"]}
+            runs.finish(s, about, save_student, student, projections)
+        except KeyboardInterrupt:
+            fail(f"interrupted; --resume goes on from the last whole epoch in {s.output}")
+        except torch.OutOfMemoryError:
+            fail(f"{s.device} is out of memory; try a smaller --batch_size or --max_length")
 
 
 if __name__ == "__main__":

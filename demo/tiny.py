@@ -1,12 +1,12 @@
-"""The demo's student, `--student tiny`: a small BERT with random weights, so that the demo needs no download."""
+"""The demo's student, `--student tiny`: a small BERT with random weights, nothing to download."""
+
+from support.encoder import Encoder
 
 import torch
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from support.encoder import Encoder
-
-# What a student from scratch needs instead of the paper's settings, which move a pretrained student a little.
+# What a student from scratch needs: the paper's settings move a pretrained student a little.
 SETTINGS = {"lr": 5e-3, "epochs": 1}
 SIZES = {
     "hidden_size": 64,
@@ -19,7 +19,7 @@ VOCABULARY = 4000
 
 
 def tiny_student(sentences, seed, pooling="auto", max_length=256, device="cpu"):
-    """An Encoder: random weights, a WordPiece vocabulary of the sentences' own; [CLS] unless asked."""
+    """An Encoder of random weights, with a WordPiece vocabulary of the sentences' own."""
     wordpiece = BertWordPieceTokenizer()
     letters = sorted(set(wordpiece.normalize("".join(sentences))) - {" "})
     # naming the "##" letters fixes the trainer's order, which otherwise changes from run to run

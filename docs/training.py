@@ -20,10 +20,7 @@ plt.rcParams |= {
     "font.family": "sans-serif",
     "font.size": 9,
 }
-plt.rcParams |= {
-    name: GREY
-    for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-}
+plt.rcParams |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY)
 lines = [
     [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
     for run in sys.argv[1:]

@@ -1,6 +1,7 @@
 """What keeps a run safe, so that the three scripts can be about the paper.
 
-encoder.py: models and their embeddings; data.py: sentences and benchmarks; run.py: files, checkpoints, metrics, devices.
+encoder.py: models and their embeddings; data.py: sentences and benchmarks; run.py: files,
+checkpoints, metrics, devices and processes.
 """
 
 import functools
@@ -21,17 +22,13 @@ def one_line(main):
     @functools.wraps(main)
     def run(argv=None):
         for name in ("stdout", "stderr"):
-            stream = getattr(sys, name)
-            if stream is None:  # closed by the caller
-                setattr(sys, name, open(os.devnull, "w"))
-            elif hasattr(stream, "reconfigure"):  # ASCII alone must not cost a table
-                stream.reconfigure(errors="replace")
+            stream = getattr(sys, name) or open(os.devnull, "w")  # None if it was closed
+            stream.reconfigure(errors="replace")  # ASCII alone must not cost a table
+            setattr(sys, name, stream)
         try:
             main(argv)
         except KeyboardInterrupt:
             fail("interrupted")
-        except BrokenPipeError:
-            pass  # found again below
         finally:
             try:
                 sys.stdout.flush()
@@ -42,12 +39,12 @@ def one_line(main):
     return run
 
 
-def _stopped_while_loading(kind, error, trace):
-    """Report Ctrl-C while the libraries are imported like any other Ctrl-C."""
+def _report(kind, error, trace):
+    """Report Ctrl-C while the libraries are still being imported in one line, too."""
     if not issubclass(kind, KeyboardInterrupt):
         return sys.__excepthook__(kind, error, trace)
     print("error: interrupted", file=sys.stderr, flush=True)
     os._exit(2)
 
 
-sys.excepthook = _stopped_while_loading
+sys.excepthook = _report

@@ -1,181 +1,40 @@
-"""A run that loses nothing: files whole or not there, checkpoints, metrics, devices, processes.
+"""A training run that loses nothing: devices, processes, checks, checkpoints, metrics.
 
-Nothing here knows the paper.
+`s` are the run's settings (talas.Settings).
 """
+
+from support import fail
+from support.files import alone, attempt, keep_apart, load, save, write_json
 
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import statistics
-import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
-from errno import ENOSPC
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
-from filelock import FileLock, Timeout
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from support import fail
-
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl
 ADVICE = "try a lower --lr or --rho with another --output; the last whole epoch is kept in this one"
-
-
-# ------------------------------------------------------------------ files: one line for each error
-def reason(error):
-    """Why something failed, in a few words: the operating system's, if it spoke, else the error's."""
-    link = error
-    while link is not None:  # torch.save hides a full disk behind an error of its own
-        if isinstance(link, OSError) and link.strerror and (link is error or link.errno == ENOSPC):
-            return link.strerror
-        link = link.__cause__ or link.__context__
-    if isinstance(error, pickle.UnpicklingError):
-        return "it holds more than tensors and plain values"
-    words = next((line for line in str(error).splitlines() if line.strip()), "")
-    return words if isinstance(error, OSError) else f"{type(error).__name__}: {words}"
-
-
-@contextmanager
-def reading(what):
-    """Make any error in this block the fault of the user's file: keep the block to reading it."""
-    try:
-        yield
-    except Exception as error:
-        fail(f"cannot read {what}: {reason(error)}")
-
-
-@contextmanager
-def writing(what):
-    """End the program with one line if writing fails: keep the block to writing."""
-    try:
-        yield
-    except Exception as error:
-        fail(f"cannot write {what}: {reason(error)}")
-
-
-@contextmanager
-def whole(path):
-    """A temporary path to write to; it takes the place of `path` when the block has ended well."""
-    partial = Path(f"{path}.partial")
-    try:
-        with writing(path):
-            yield partial
-            os.replace(partial, path)
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-
-
-def save(path, content):
-    """torch.save, whole or not at all."""
-    with whole(path) as partial, open(partial, "wb") as file:
-        torch.save(content, file)
-
-
-def load(path):
-    """torch.load of tensors and plain values; runs no code of the file's, and leaves it on disk."""
-    with reading(path):
-        return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-
-
-def write_json(path, content):
-    """A JSON file, whole or not at all."""
-    text = json.dumps(content, indent=2) + "\n"
-    with whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def move_files(draft, folder):
-    """Move a draft folder's files to where they belong, each of them whole; remove the draft."""
-    for path in sorted(path for path in draft.rglob("*") if path.is_file()):
-        (folder / path.relative_to(draft)).parent.mkdir(exist_ok=True)
-        os.replace(path, folder / path.relative_to(draft))
-    shutil.rmtree(draft)
-
-
-def keep_apart(output, **inputs):
-    """End the program if the output is one of the inputs: a flag's name and its path each."""
-    for flag, path in inputs.items():
-        with suppress(OSError, ValueError):
-            if os.path.samefile(output, path):
-                fail(f"--output {output} is the --{flag} itself; choose another --output")
-
-
-@contextmanager
-def alone(output):
-    """Keep every other run from writing to this output, a file or a folder, while the block lasts."""
-    if rank() > 0:  # the first process holds the lock for all
-        yield
-        return
-    path = Path(f"{Path(output).absolute()}.lock")
-    lock = FileLock(path)
-    with writing(output):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            fail(f"another run is writing to {output}; choose another --output")
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            path.unlink()
-        lock.release()
-
-
-def positive(text):
-    """An integer of at least 1, for argparse."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def digest(*parts):
-    """A hash of text, arrays and tensors, in their order."""
-    total = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, torch.Tensor):  # by rows: a large one may lie on disk
-            for rows in part.detach().reshape(-1).split(1 << 24):
-                total.update(rows.cpu().view(torch.uint8).numpy())
-        elif isinstance(part, np.ndarray):
-            total.update(part.tobytes())
-        else:
-            total.update(json.dumps(part).encode())
-    return total.hexdigest()
-
-
-def provenance():
-    """What made a result: versions, and the commit of this code if it is a checkout of its own."""
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    home, commit = Path(__file__).resolve().parent.parent, None
-    with suppress(OSError, subprocess.CalledProcessError, ValueError):
-        git = ["git", "-C", str(home), "rev-parse", "--show-toplevel", "HEAD"]
-        output = subprocess.run(git, capture_output=True, text=True, check=True).stdout
-        top, head = output.splitlines()
-        commit = head if Path(top) == home else None
-    return {"versions": versions | {"python": sys.version.split()[0]}, "commit": commit}
 
 
 # ------------------------------------------------------------------------- devices and processes
 def pick_device(name):
     """The torch device of that name; `auto` is the accelerator if there is one, else the CPU."""
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    try:
+    with attempt(f"use --device {name} (auto and cpu always work)"):
         probe = torch.zeros(1, device=best if name == "auto" else name)
         probe.item()  # a device that computes nothing, such as meta, fails here
         return probe.device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        fail(f"--device {name} is not here; use auto or cpu")
 
 
 def memory_mb(device):
@@ -185,10 +44,9 @@ def memory_mb(device):
         torch.accelerator.reset_peak_memory_stats(device)
         return peak
     statm = Path("/proc/self/statm")  # of Linux; elsewhere nothing is measured
-    if not statm.exists():
-        return 0.0
-    resident, shared = map(int, statm.read_text().split()[1:3])  # shared: files, such as the cache
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    pages = statm.read_text().split() if statm.exists() else [0, 0, 0]
+    own = int(pages[1]) - int(pages[2])  # without files, such as the cache
+    return own * os.sysconf("SC_PAGE_SIZE") / 2**20 if own else 0.0
 
 
 def rank():
@@ -202,13 +60,17 @@ def processes():
 
 
 @contextmanager
-def joined():
-    """Connect the processes that torchrun started, if it did; the first one alone speaks."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if any(name not in os.environ for name in names):
-        yield
+def started(s):
+    """A run that has its output to itself, and its processes connected if torchrun started them.
+
+    The first process alone speaks and writes.
+    """
+    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    if not names <= os.environ.keys():
+        with alone(s.output):
+            yield
         return
-    with reading("torchrun's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)"):
+    with attempt(f"join torchrun's processes by {', '.join(sorted(names))}"):
         local, devices = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
         if 0 < devices <= local:
             fail(f"torchrun started more processes than there are devices, {devices}")
@@ -217,14 +79,19 @@ def joined():
         distributed.init_process_group()
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
-    yield
+    with alone(s.output) if rank() == 0 else nullcontext():
+        yield
     distributed.destroy_process_group()  # not after an error: it would wait for the others
 
 
-def wait_for_processes():
-    """Go on when every process has come this far."""
-    if processes() > 1:
-        distributed.barrier()
+def data_parallel(module):
+    """The module; with several processes, each backward pass averages its gradients over them."""
+    if processes() == 1:
+        return module
+    device = next(module.parameters()).device
+    devices = None if device.type == "cpu" else [device]
+    # some weights are never used, such as those of BERT's pooler
+    return DistributedDataParallel(module, device_ids=devices, find_unused_parameters=True)
 
 
 def seed_of(*what):
@@ -232,34 +99,59 @@ def seed_of(*what):
     return int(hashlib.sha256(repr(what).encode()).hexdigest()[:15], 16)
 
 
-# ------------------------------------------------------------- a training run: s are its settings
+# ---------------------------------------------------------------------- before a run: is it sound?
+def check_settings(s):
+    """End the program if a setting has no meaning."""
+    may_be_0 = ("lambda1", "lambda2", "lambda3", "lasd_layers", "rho", "eta", "disam_lambda")
+    may_be_0 += ("weight_decay", "warmup_ratio", "seed")
+    for name, value in asdict(s).items():
+        is_number = type(value) in (int, float)
+        if is_number and not (0 <= value < 2**63 and (value or name in may_be_0)):
+            fail(
+                f"--{name} {value}: it must be a number {'from' if name in may_be_0 else 'above'} 0"
+            )
+    if s.warmup_ratio > 1:
+        fail(f"--warmup_ratio {s.warmup_ratio}: it is a part of the steps, at most 1")
+    if s.lambda1 == s.lambda2 == s.lambda3 == 0:
+        fail("--lambda1, --lambda2 and --lambda3 are all 0: there is nothing to learn")
+    if s.batch_size == 1 and s.lambda1 + s.lambda3 > 0:
+        fail("--batch_size 1: Eqs. 5 and 6 compare the sentences of a batch; take more")
+    if s.lasd_layers == 1:
+        fail("--lasd_layers 1: Eq. 5 chains two layers or more; 0 means all")
+    if s.max_length < 3:
+        fail(f"--max_length {s.max_length}: no token is left between the first and the last")
+    check_output(s)
+
+
+def check_fit(s, student, n):
+    """End the program if the settings do not fit the student or the corpus of n sentences."""
+    L = student.layers
+    if n < s.batch_size * processes():
+        fail(f"--batch_size {s.batch_size}: the corpus has only {n} sentences")
+    if len(set(student.widths)) > 1:
+        fail(f"{s.student}: its layers have unlike widths, {student.widths}; take another student")
+    if s.lambda2 and s.anchored_layers > L:
+        fail(f"--anchored_layers {s.anchored_layers}: {s.student} has {L} layers")
+    if s.lambda3 and max(s.lasd_layers, 2) > L:
+        fail(f"--lasd_layers {s.lasd_layers}: {s.student} has {L} layers; --lambda3 0 skips LASD")
+
+
 def check_output(s):
     """End the program if what is in the output folder is not to be touched."""
     keep_apart(s.output, student=s.student, teacher=s.teacher)
     out = Path(s.output)
-    with writing(out):
+    with attempt(f"write {out}"):
         interrupted, finished = ((out / name).exists() for name in ("checkpoint.pt", "talas.json"))
-        there = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+        empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     if s.resume and not interrupted:
-        fail(
-            f"{out} has no checkpoint to resume from: it is {'a finished' if finished else 'no'} run"
-        )
+        fail(f"{out} has no checkpoint to resume: it is {'a finished' if finished else 'no'} run")
     if interrupted and not (s.resume or s.overwrite):
         fail(f"{out} holds an interrupted run; --resume it, or choose another --output")
-    if there and not (s.resume or (s.overwrite and out.is_dir())):
+    if not (empty or s.resume or (s.overwrite and out.is_dir())):
         fail(f"{out} exists; choose another --output, or --overwrite it")
 
 
-def data_parallel(module):
-    """The module, averaging its gradients over the processes in each backward pass if several."""
-    if processes() == 1:
-        return module
-    device = next(module.parameters()).device
-    ids = None if device.type == "cpu" else [device]
-    # BERT's pooler, for one, is never used
-    return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=True)
-
-
+# ----------------------------------------------------------------------------- on the way and after
 class Checkpoint:
     """All that a run needs to go on after an interruption as if nothing had happened.
 
@@ -267,19 +159,19 @@ class Checkpoint:
     """
 
     def __init__(self, s, corpus, parts):
-        self.path, self.resume, self.parts = f"{s.output}/checkpoint.pt", s.resume, parts
+        self.path, self.resume, self.parts = Path(s.output, "checkpoint.pt"), s.resume, parts
         own = ("resume", "overwrite", "output", "device")
-        self.facts = {f"--{k}": v for k, v in asdict(s).items() if k not in own}
+        self.facts = {f"--{name}": value for name, value in asdict(s).items() if name not in own}
         self.facts |= {"corpus or tokenizer": corpus, "number of processes": processes()}
 
     def begin(self):
         """Save the beginning and return 0, or go back to a saved state and return its epoch."""
         if not self.resume:
-            with writing(self.path):
-                Path(self.path).parent.mkdir(exist_ok=True)
+            with attempt(f"write {self.path}"):
+                self.path.parent.mkdir(exist_ok=True)
             return self.save(0)
         saved = load(self.path)
-        with reading(self.path):
+        with attempt(f"read {self.path}"):
             for name, now in self.facts.items():
                 if now != (before := saved["facts"][name]):
                     fail(f"--resume with another {name}: it was {before}, now it is {now}")
@@ -290,7 +182,7 @@ class Checkpoint:
     def save(self, epoch):
         """Write the state after `epoch` epochs, whole or not at all; returns the epoch."""
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        if not all(w.isfinite().all() for w in states["weights"].values()):
+        if not all(weights.isfinite().all() for weights in states["weights"].values()):
             fail(f"epoch {epoch} left weights that are not finite; {ADVICE}")
         if rank() == 0:
             save(self.path, {"epoch": epoch, "facts": self.facts, "states": states})
@@ -305,7 +197,7 @@ def progress(total, unit, label=None, initial=0):
 
 
 def read_metrics(folder, last_step=float("inf")):
-    """The lines of metrics.jsonl up to that step; what can't be read is left out: a log, no more."""
+    """The lines of metrics.jsonl up to that step; what can't be read is left out: it is a log."""
     lines = []
     with suppress(OSError):
         for text in Path(folder, "metrics.jsonl").read_text("utf-8", "replace").splitlines():
@@ -320,20 +212,15 @@ class Log:
 
     def __init__(self, s, names, steps, epoch, device):
         """names: of a step's values; steps: of an epoch; epoch: how many were done before."""
-        self.path, self.names, self.steps, self.device = (
-            f"{s.output}/metrics.jsonl",
-            names,
-            steps,
-            device,
-        )
-        self.count, self.values = epoch * steps, []
+        self.path, self.device, self.names = f"{s.output}/metrics.jsonl", device, names
+        self.steps, self.count, self.values = steps, epoch * steps, []
         self.bar = progress(s.epochs * steps, "step", initial=self.count)
         self.write(*read_metrics(s.output, self.count), mode="w")
 
     def write(self, *lines, mode="a"):
         """Append lines to metrics.jsonl."""
         if rank() == 0:
-            with writing(self.path), open(self.path, mode, encoding="utf-8") as file:
+            with attempt(f"write {self.path}"), open(self.path, mode, encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def step(self, values, lr):
@@ -368,7 +255,7 @@ class Log:
 
 
 def cost(folder):
-    """Table 3 from metrics.jsonl: the median time of a step, the mean, peak and spread of memory."""
+    """Table 3 from metrics.jsonl: the median time of a step; mean, peak and spread of memory."""
     lines = read_metrics(folder)
     times = [line["ms_per_step"] for line in lines if "ms_per_step" in line]
     sizes = [line["memory_mb"] for line in lines if "memory_mb" in line]
@@ -381,14 +268,17 @@ def cost(folder):
 
 def finish(s, about, write, *what):
     """Let `write(folder, *what)` write the result; add talas.json; move all into the output."""
-    out, draft = Path(s.output), Path(s.output) / ".saving"
-    costs = cost(out)
+    out, draft, costs = Path(s.output), Path(s.output, ".saving"), cost(s.output)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     if rank() == 0:
-        with writing(out):
+        with attempt(f"write {out}"):
             write(draft, *what)
-            record = {"settings": asdict(s), **about, "cost": costs, **provenance()}
-            (draft / "talas.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            move_files(draft, out)
+            record = {"settings": asdict(s), **about, "cost": costs, "versions": versions}
+            write_json(draft / "talas.json", record)
+            for path in sorted(path for path in draft.rglob("*") if path.is_file()):
+                (out / path.relative_to(draft)).parent.mkdir(exist_ok=True)
+                os.replace(path, out / path.relative_to(draft))  # each of them whole
+            shutil.rmtree(draft)
             (out / "checkpoint.pt").unlink()
     print(", ".join(f"{name} {value:.1f}" for name, value in costs.items()))
     print(f"student saved to {out}")
