@@ -268,10 +268,9 @@ def set_up(s, student, d_T, steps):
     K = s.anchored_layers if s.lambda2 else 0
     projections = [torch.randn(student.dimensions, d_T) * 1e-3 for _ in range(K)]  # (d_S, d_T)
     objective = Objective(student, projections, s).to(student.model.device)
-    groups = [{"params": [*student.model.parameters()]}]
-    groups += (
-        [{"params": [*objective.projections], "lr": s.lr * s.projection_lr_scale}] if K else []
-    )
+    groups = [{"params": list(student.model.parameters())}]
+    if K:
+        groups.append({"params": list(objective.projections), "lr": s.lr * s.projection_lr_scale})
     adamw = torch.optim.AdamW(groups, lr=s.lr, weight_decay=s.weight_decay, fused=True)
     scheduler = get_cosine_schedule_with_warmup(adamw, round(s.warmup_ratio * steps), steps)
     return objective, ASAM(adamw, s.rho, s.eta, adaptive=s.optimizer == "asam"), scheduler
@@ -388,14 +387,9 @@ def main(argv=None):
         torch.manual_seed(s.seed)
         student = load_student(s, cache["sentences"])
         runs.check_fit(s, student, len(cache["sentences"]))
-        try:
-            projections = train(s, Corpus(cache, student), student)
-            about = {"teacher": cache["teacher"], "corpus": cache["fingerprint"]}
-            runs.finish(s, about, save_student, student, projections)
-        except KeyboardInterrupt:
-            fail(f"interrupted; --resume goes on from the last whole epoch in {s.output}")
-        except torch.OutOfMemoryError:
-            fail(f"{s.device} is out of memory; try a smaller --batch_size or --max_length")
+        projections = train(s, Corpus(cache, student), student)
+        about = {"teacher": cache["teacher"], "corpus": cache["fingerprint"]}
+        runs.finish(s, about, save_student, student, projections)
 
 
 if __name__ == "__main__":

@@ -61,14 +61,27 @@ def processes():
 
 @contextmanager
 def started(s):
-    """A run that has its output to itself, and its processes connected if torchrun started them.
+    """A run that has its output to itself, and its processes connected; says what to do if stopped.
 
     The first process alone speaks and writes.
     """
+    try:
+        with joined(), alone(s.output) if rank() == 0 else nullcontext():
+            yield
+    except KeyboardInterrupt:
+        kept = Path(s.output, "checkpoint.pt").exists()
+        advice = "with --resume goes on from the last whole epoch" if kept else "begins again"
+        fail(f"interrupted; the same command {advice}")
+    except torch.OutOfMemoryError:
+        fail(f"{s.device} is out of memory; try a smaller --batch_size or --max_length")
+
+
+@contextmanager
+def joined():
+    """Connect the processes that torchrun started, if it did."""
     names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     if not names <= os.environ.keys():
-        with alone(s.output):
-            yield
+        yield
         return
     with attempt(f"join torchrun's processes by {', '.join(sorted(names))}"):
         local, devices = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
@@ -79,8 +92,7 @@ def started(s):
         distributed.init_process_group()
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
-    with alone(s.output) if rank() == 0 else nullcontext():
-        yield
+    yield
     distributed.destroy_process_group()  # not after an error: it would wait for the others
 
 
@@ -107,9 +119,9 @@ def check_settings(s):
     for name, value in asdict(s).items():
         is_number = type(value) in (int, float)
         if is_number and not (0 <= value < 2**63 and (value or name in may_be_0)):
-            fail(
-                f"--{name} {value}: it must be a number {'from' if name in may_be_0 else 'above'} 0"
-            )
+            fail(f"--{name} {value}: it must be {'at least' if name in may_be_0 else 'above'} 0")
+    if not s.output:
+        fail("--output '': give the folder for the student a name")
     if s.warmup_ratio > 1:
         fail(f"--warmup_ratio {s.warmup_ratio}: it is a part of the steps, at most 1")
     if s.lambda1 == s.lambda2 == s.lambda3 == 0:
