@@ -10,7 +10,7 @@ fingerprint (of the sentences), version, recipe (of all that the embeddings depe
 
 from support import fail, one_line
 from support.data import read_corpus, unique
-from support.encoder import encode, pad, to_device, tokenize
+from support.encoder import encode, tokenize
 from support.files import alone, attempt, digest, keep_apart, load, positive, save
 from support.loading import load_encoder
 from support.run import pick_device
@@ -143,31 +143,6 @@ def load_cache(path, needed=True):
         if not usable(embeddings).all():
             fail(f"{path}: some embeddings are zero or not finite")
     return cache
-
-
-class Corpus:
-    """The tokenised sentences of a cache, their cached targets and their domains."""
-
-    def __init__(self, cache, student):
-        self.tokens, self.device = tokenize(student, cache["sentences"]), student.model.device
-        self.embeddings = cache["embeddings"]  # (n, d_T), on disk; None without a teacher
-        self.domains = torch.from_numpy(np.unique(cache["sources"], return_inverse=True)[1])
-
-    def __len__(self):
-        return len(self.domains)
-
-    def batch(self, rows):
-        """Positions (N,) -> tokens, (N, T) each; E^T, (N, d_T), or None; domains, (N,)."""
-        teacher = None
-        if self.embeddings is not None:
-            teacher = to_device(self.embeddings[rows].float(), self.device)
-        tokens = pad(self.tokens, rows.tolist(), self.device)
-        return tokens, teacher, to_device(self.domains[rows], self.device)
-
-    def identity(self):
-        """A hash of all that is learnt from: tokens, targets, domains."""
-        targets = [] if self.embeddings is None else [self.embeddings]
-        return digest(*self.tokens, self.domains, *targets)
 
 
 # ------------------------------------------------------------------------------------ command line

@@ -11,7 +11,7 @@ d_S and d_T the two models' dimensions.
 
 from support import fail, one_line
 from support import run as runs
-from support.encoder import hidden_states, pieces_of_like_length, pool, save_encoder
+from support.encoder import Corpus, hidden_states, pieces_of_like_length, pool, save_encoder
 from support.loading import load_encoder
 
 import math
@@ -24,7 +24,7 @@ from scipy.linalg import eigh_tridiagonal
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 from transformers.hf_argparser import HfArg
 
-from cache_teacher import Corpus, load_cache
+from cache_teacher import load_cache
 from demo import tiny
 
 

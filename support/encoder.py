@@ -4,7 +4,7 @@ N is a batch's size, T its longest sentence in tokens, d the model's width.
 """
 
 from support import fail
-from support.files import attempt
+from support.files import attempt, digest
 from support.run import progress
 
 import inspect
@@ -86,7 +86,8 @@ def tokenize(encoder, sentences):
         empty = sentences[lengths.index(0)]
         fail(f"the tokenizer makes nothing of the sentence {empty[:60]!r}; leave it out")
     ids = (tokenizer.pad_token_id, encoder.model.config.pad_token_id, tokenizer.eos_token_id, 0)
-    pad_id = next(i for i in ids if i is not None)
+    vectors = encoder.model.get_input_embeddings().num_embeddings
+    pad_id = next(i for i in ids if i is not None and 0 <= i < vectors)
     return Tokens(np.concatenate(pieces), np.concatenate([[0], np.cumsum(lengths)]), pad_id)
 
 
@@ -106,6 +107,31 @@ def to_device(tensor, device):
     return tensor.to(device)
 
 
+class Corpus:
+    """The tokenised sentences of a cache, their cached targets and their domains."""
+
+    def __init__(self, cache, student):
+        self.tokens, self.device = tokenize(student, cache["sentences"]), student.model.device
+        self.embeddings = cache["embeddings"]  # (n, d_T), on disk; None without a teacher
+        self.domains = torch.from_numpy(np.unique(cache["sources"], return_inverse=True)[1])
+
+    def __len__(self):
+        return len(self.domains)
+
+    def batch(self, rows):
+        """Positions (N,) -> tokens, (N, T) each; E^T, (N, d_T), or None; domains, (N,)."""
+        teacher = None
+        if self.embeddings is not None:
+            teacher = to_device(self.embeddings[rows].float(), self.device)
+        tokens = pad(self.tokens, rows.tolist(), self.device)
+        return tokens, teacher, to_device(self.domains[rows], self.device)
+
+    def identity(self):
+        """A hash of all that is learnt from: tokens, targets, domains."""
+        targets = [] if self.embeddings is None else [self.embeddings]
+        return digest(*self.tokens, self.domains, *targets)
+
+
 def pieces_of_like_length(batch):
     """(order, pieces): a right-padded batch as smaller ones with less padding, for a CPU.
 
@@ -119,11 +145,15 @@ def pieces_of_like_length(batch):
     return order, [{name: t[rows, :T] for name, t in batch.items()} for rows, T in pieces]
 
 
+def forward(model, batch, **how):
+    """What a model gives for a batch, without the keys and values that a next token would need."""
+    takes = inspect.signature(model.forward).parameters
+    return model(**batch, **how, **({"use_cache": False} if "use_cache" in takes else {}))
+
+
 def hidden_states(model, batch):
     """The token states after each layer: L of (N, T, d). The embedding layer's are left out."""
-    takes = inspect.signature(model.forward).parameters
-    off = {"use_cache": False} if "use_cache" in takes else {}  # no next token will need it
-    return model(**batch, output_hidden_states=True, **off).hidden_states[1:]
+    return forward(model, batch, output_hidden_states=True).hidden_states[1:]
 
 
 @torch.inference_mode()
@@ -147,7 +177,7 @@ def encode(encoder, tokens, batch_size, label=None, part=None):
             rows = order[start : start + batch_size]
             batch = pad(tokens, rows, model.device)
             try:
-                hidden = hidden_states(model, batch)[-1]  # (N, T, d)
+                hidden = forward(model, batch).last_hidden_state  # (N, T, d)
             except torch.OutOfMemoryError:
                 bar.close()
                 fail(f"{model.device} is out of memory; try a smaller --batch_size or --max_length")

@@ -4,7 +4,7 @@ What a model's files ask for is honoured; what is not understood ends the progra
 """
 
 from support import fail
-from support.encoder import Encoder, hidden_states
+from support.encoder import Encoder, forward, hidden_states
 from support.files import attempt
 
 import json
@@ -136,7 +136,7 @@ def find_limit(name, model, tokenizer, declared, asked):
     """
     positions = getattr(model.config, "max_position_embeddings", None) or 0
     known = (asked, declared or tokenizer.model_max_length, positions)
-    most = min(n for n in known if n > 0)
+    most = int(min(n for n in known if isinstance(n, (int, float)) and n > 0))
     if positions <= 0 or most <= positions - 8:
         return most
     word = max(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
@@ -160,13 +160,16 @@ def examine(name, model, tokenizer):
         end = max(i for i, special in enumerate(row["special_tokens_mask"]) if not special)
         taken = {*tokenizer.all_special_ids, sentence[end]}
         other[end] = next(i for i in range(len(tokenizer)) if i not in taken)
-        states = []
+        outputs = []
         for ids in (sentence, other):
             ids = torch.tensor([ids], device=model.device)
             batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            states.append(hidden_states(model, batch))
-        first, second = (layers[-1][0, 0] for layers in states)
-        return torch.equal(first, second), tuple(h.shape[-1] for h in states[0])
+            outputs.append(forward(model, batch).last_hidden_state)
+        layers = hidden_states(model, batch)
+        if not torch.equal(layers[-1], outputs[-1]):
+            raise ValueError("its output is not its last layer")
+        causal = torch.equal(outputs[0][0, 0], outputs[1][0, 0])
+        return causal, tuple(h.shape[-1] for h in layers)
 
 
 def settle_pooling(name, kind, asked, declared, causal):

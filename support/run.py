@@ -31,6 +31,7 @@ ADVICE = "try a lower --lr or --rho with another --output; the last whole epoch 
 def pick_device(name):
     """The torch device of that name; `auto` is the accelerator if there is one, else the CPU."""
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    best = "cpu" if str(best) == "mps" else best  # its random state can't be replayed
     with attempt(f"use --device {name} (auto and cpu always work)"):
         probe = torch.zeros(1, device=best if name == "auto" else name)
         probe.item()  # a device that computes nothing, such as meta, fails here
