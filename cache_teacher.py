@@ -55,8 +55,9 @@ def read_array(path, n):
         numpy = path.endswith(".npy")
         array = np.load(path, mmap_mode="c", allow_pickle=False) if numpy else load(path)
         array = torch.from_numpy(array) if numpy else array
-        if array.dtype not in (*DTYPES.values(), torch.float64) or array.layout != torch.strided:
-            raise ValueError(f"{array.layout} of {array.dtype}, not plain floating-point numbers")
+        kind = getattr(array, "dtype", type(array).__name__)
+        if kind not in (*DTYPES.values(), torch.float64) or array.layout != torch.strided:
+            raise ValueError(f"{kind} is no plain array of floating-point numbers")
         if array.ndim != 2 or array.shape[1] < 1:
             raise ValueError(f"{tuple(array.shape)} is not (sentences, dimensions)")
     if len(array) != n:
@@ -122,10 +123,10 @@ def load_cache(path, needed=True):
         texts, sources, *_ = read_sentences(path)
         cache = {"sentences": texts, "sources": sources, "embeddings": None, "teacher": None}
         return cache | {"fingerprint": fingerprint(texts)}
-    if not Path(path).exists():
-        fail(f"no teacher cache at {path}; make one: python cache_teacher.py --output {path}")
-    cache = load(path)
     with attempt(f"read {path} as a teacher cache"):
+        if not Path(path).exists():
+            fail(f"no teacher cache at {path}; make one: python cache_teacher.py --output {path}")
+        cache = load(path)
         sentences, sources, embeddings = (cache[key] for key in KEYS[:3])
         if missing := [key for key in KEYS if key not in cache]:
             fail(f"{path} is no teacher cache: it has no {missing[0]}")
@@ -161,8 +162,9 @@ def parse_args(argv):
     flag("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
     flag("--seed", type=int, default=42, help="of the paper corpus's sample")
     args = parser.parse_args(argv)
-    if not args.output or Path(args.output).is_dir() or not Path(args.output).parent.is_dir():
-        fail(f"--output {args.output!r} must be a file's name in a folder that exists")
+    with attempt(f"write --output {args.output}"):
+        if not args.output or Path(args.output).is_dir() or not Path(args.output).parent.is_dir():
+            fail(f"--output {args.output!r} must be a file's name in a folder that exists")
     if not 0 <= args.seed < 2**63:
         fail(f"--seed {args.seed}: it must be from 0 to 2**63")
     keep_apart(args.output, teacher=args.teacher, corpus=args.corpus)
@@ -172,7 +174,7 @@ def parse_args(argv):
 def cache_embeddings(args):
     """Algorithm 1, line 3: embed the corpus with the teacher, unless that is what is there."""
     texts, sources, kept, n = read_sentences(args.corpus, args.seed)
-    encoder, pooling = None, "none"
+    encoder, pooling, device = None, "none", pick_device(args.device)
     if args.teacher == "lsa":
         embeddings = torch.from_numpy(fit_lsa(texts).transform(texts))
         content = ["lsa"]
@@ -180,8 +182,8 @@ def cache_embeddings(args):
         embeddings = read_array(args.teacher, n)[kept]
         content = [embeddings]
     else:
-        how = {"dtype": DTYPES[args.dtype], "device": pick_device(args.device)}
-        encoder = load_encoder(args.teacher, args.pooling, args.max_length, **how)
+        dtype = DTYPES[args.dtype]
+        encoder = load_encoder(args.teacher, args.pooling, args.max_length, dtype, device)
         tokens, pooling = tokenize(encoder, texts), encoder.pooling
         model = encoder.model
         content = [model.config.to_json_string(), *model.state_dict().values(), *tokens[:2]]

@@ -97,8 +97,9 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
     The weights are loaded as `dtype`, whatever type the files hold. Ends the program with one line
     if the model can't be loaded, or is not understood well enough for its embeddings to be right.
     """
-    if Path(name, "checkpoint.pt").exists():
-        fail(f"{name} holds an interrupted run; finish it first, with --resume")
+    with attempt(f"load {name}"):
+        if Path(name, "checkpoint.pt").exists():
+            fail(f"{name} holds an interrupted run; finish it first, with --resume")
     folder, declared, limit, lower = read_declarations(name, pooling)
     where = {"subfolder": folder, "trust_remote_code": False}
     with attempt(f"load {name}, as a directory with a model or a model on the Hub within reach"):
