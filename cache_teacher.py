@@ -56,7 +56,8 @@ def read_array(path, n):
         array = np.load(path, mmap_mode="c", allow_pickle=False) if numpy else load(path)
         array = torch.from_numpy(array) if numpy else array
         kind = getattr(array, "dtype", type(array).__name__)
-        if kind not in (*DTYPES.values(), torch.float64) or array.layout != torch.strided:
+        plain = getattr(array, "layout", None) == torch.strided and not array.is_meta
+        if kind not in (*DTYPES.values(), torch.float64) or not plain:
             raise ValueError(f"{kind} is no plain array of floating-point numbers")
         if array.ndim != 2 or array.shape[1] < 1:
             raise ValueError(f"{tuple(array.shape)} is not (sentences, dimensions)")
@@ -90,7 +91,8 @@ def make_cache(args, texts, sources, embeddings, pooling, recipe):
     if not len(embeddings):
         fail(f"{args.teacher} has no embedding but zeros")
     if not usable(embeddings).all():
-        fail(f"embeddings of {args.teacher} are zero, not finite or too large; try --dtype float32")
+        advice = "; try --dtype float32" if args.dtype == "float16" else ""
+        fail(f"some embeddings of {args.teacher} are zero, not finite or too large{advice}")
     keep = known.nonzero().flatten().tolist()
     sentences = [texts[i] for i in keep]
     return {

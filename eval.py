@@ -12,7 +12,7 @@ cosine. Embeddings are the pooled vectors as they are, not normalised.
 from support import fail, one_line
 from support.data import DEMO, HUB, IN_DOMAIN, load_hub_split, read_corpus, read_table
 from support.encoder import encode, tokenize
-from support.files import attempt, positive, write_json
+from support.files import attempt, check_writable, positive, write_json
 from support.loading import load_encoder
 from support.run import pick_device
 
@@ -249,6 +249,7 @@ def check_json(path):
     """End the program if the scores can't be written there, or something else would be lost."""
     if path.is_dir() or not path.parent.is_dir():
         fail(f"--json {path} must be a file's name in a folder that exists")
+    check_writable(path)
     if path.exists():
         with attempt(f"take {path} for earlier scores to replace; choose another --json"):
             all(scores["avg"] for scores in json.loads(path.read_text("utf-8")).values())

@@ -85,7 +85,8 @@ def tokenize(encoder, sentences):
     if not all(lengths):
         empty = sentences[lengths.index(0)]
         fail(f"the tokenizer makes nothing of the sentence {empty[:60]!r}; leave it out")
-    ids = (tokenizer.pad_token_id, encoder.model.config.pad_token_id, tokenizer.eos_token_id, 0)
+    own = getattr(encoder.model.config, "pad_token_id", None)
+    ids = (tokenizer.pad_token_id, own, tokenizer.eos_token_id, 0)
     vectors = encoder.model.get_input_embeddings().num_embeddings
     pad_id = next(i for i in ids if i is not None and 0 <= i < vectors)
     return Tokens(np.concatenate(pieces), np.concatenate([[0], np.cumsum(lengths)]), pad_id)
@@ -167,7 +168,7 @@ def encode(encoder, tokens, batch_size, label=None, part=None):
     model, d = encoder.model.eval(), encoder.dimensions
     order = np.argsort(-np.diff(tokens.starts), kind="stable")
     embeddings = torch.empty(len(order), d)
-    done = read_part(part, d, batch_size) if part else embeddings[:0]
+    done = read_part(part, embeddings, batch_size) if part else embeddings[:0]
     embeddings[order[: len(done)]] = done
     bar = progress(len(order), "sent", label, initial=len(done))
     with attempt(f"write {part}"):
@@ -190,13 +191,17 @@ def encode(encoder, tokens, batch_size, label=None, part=None):
     return embeddings
 
 
-def read_part(path, d, batch_size):
-    """The whole batches of usable rows that a file begins with, float32 (m, d); cuts the rest."""
+def read_part(path, embeddings, batch_size):
+    """The whole batches of usable rows that a file begins with, float32 (m, d); cuts the rest.
+
+    embeddings: (n, d), what is to be filled.
+    """
+    n, d = embeddings.shape
     with attempt(f"write {path}"):
         Path(path).touch()
-        values = np.fromfile(path, dtype=np.float32)
+        values = np.fromfile(path, dtype=np.float32, count=n * d)
         rows = values[: len(values) // d * d].reshape(-1, d)
-        bad = ~(np.isfinite(rows).all(1) & rows.any(1))  # a hole in the file reads as zeros
+        bad = ~(np.isfinite(rows) & (rows != 0)).all(1)  # a hole in the file reads as zeros
         usable = int(bad.argmax()) if bad.any() else len(rows)
         usable -= usable % batch_size
         os.truncate(path, 4 * d * usable)

@@ -25,7 +25,7 @@ def reason(error):
         return told.strerror
     if isinstance(error, pickle.UnpicklingError):
         return "it holds more than tensors and plain values"
-    words = str(error).strip().split("\n")[0]
+    words = " ".join(str(error).split())
     return words if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {words}"
 
 
@@ -78,13 +78,23 @@ def keep_apart(output, **inputs):
                 fail(f"--output {output} is the --{flag} itself; choose another --output")
 
 
+def check_writable(path):
+    """End the program if neither this name nor a longer, temporary one can be written there."""
+    with attempt(f"write {path}"):
+        str(path).encode()  # not every library takes another name than in UTF-8
+        longest = Path(f"{Path(path).absolute()}.part-0123456789abcdef")
+        longest.parent.mkdir(parents=True, exist_ok=True)
+        longest.touch()
+        longest.unlink()
+
+
 @contextmanager
 def alone(output):
     """Keep other runs from writing to this output, a file or a folder, while the block lasts."""
     path = Path(f"{Path(output).absolute()}.lock")
     lock = FileLock(path)
+    check_writable(output)
     with attempt(f"write {output}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:

@@ -5,14 +5,14 @@ What a model's files ask for is honoured; what is not understood ends the progra
 
 from support import fail
 from support.encoder import Encoder, forward, hidden_states
-from support.files import attempt
+from support.files import attempt, reason
 
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
@@ -25,6 +25,7 @@ transformers.logging.set_verbosity_error()  # the terminal is for our own lines
 transformers.logging.disable_progress_bar()
 hub_logging.set_verbosity_error()
 
+NO_MATTER = ("modality_config", "module_output_name", "unpad_inputs")  # for what is embedded
 ARRAY = "encode with sentence-transformers and give the array: cache_teacher.py --teacher X.npy"
 
 
@@ -33,16 +34,16 @@ def read_model_json(name, file, needed=True):
 
     If the Hub is out of reach, None too where the file is not `needed`; else the program ends.
     """
-    with attempt(f"read {file} of {name} (--pooling may do without it)"):
+    with attempt(f"load {name} ({file})"):
         if Path(name).is_dir():
             path = Path(name, file)
             return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         try:
             return json.loads(Path(cached_file(name, file)).read_text(encoding="utf-8"))
         except OSError as error:
-            unreachable = isinstance(error.__cause__, LocalEntryNotFoundError)
-            absent = isinstance(error.__cause__, (EntryNotFoundError, type(None)))
-            if not absent or (unreachable and needed):
+            if isinstance(error.__cause__, LocalEntryNotFoundError) and needed:
+                fail(f"cannot reach {file} of {name}, or it is misspelt; --pooling does without it")
+            if not isinstance(error.__cause__, (EntryNotFoundError, type(None))):
                 raise
 
 
@@ -53,24 +54,26 @@ def read_declarations(name, asked):
     the embeddings would be wrong.
     """
     needed = asked == "auto"
-    with attempt(f"understand modules.json of {name}"):
-        modules = read_model_json(name, "modules.json", needed) or []
-        paths = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
-        folder = paths.get("Transformer", "")
-    if unknown := sorted(set(paths) - {"Transformer", "Pooling", "Normalize"}):
-        fail(f"{name} has a {unknown[0]} module; {ARRAY}")
-    pooling = None
-    if "Pooling" in paths and needed:
-        pooling = read_pooling(name, f"{paths['Pooling']}/config.json")
-    kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-    files = [os.path.join(folder, f"sentence_{kind}_config.json") for kind in kinds]
-    configs = (read_model_json(name, file, needed and bool(paths)) for file in files)
-    config = next((config for config in configs if config is not None), {})
-    about = read_model_json(name, "config_sentence_transformers.json", needed and bool(paths)) or {}
+    modules = read_model_json(name, "modules.json", needed)
+    if modules is None:
+        return "", None, None, False
     with attempt(f"understand the sentence-transformers files of {name}"):
-        limit, lower = config.get("max_seq_length"), config.get("do_lower_case", False)
-        if type(limit) not in (int, type(None)) or type(lower) is not bool or limit == 0:
+        kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+        if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
+            fail(f"{name} has other modules than a Transformer and a Pooling: {kinds}; {ARRAY}")
+        folder, of_pooling = (module["path"] for module in modules[:2])
+        pooling = read_pooling(name, os.path.join(of_pooling, "config.json")) if needed else None
+        files = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+        files = [os.path.join(folder, f"sentence_{file}_config.json") for file in files]
+        configs = (read_model_json(name, file, needed) for file in files)
+        config = dict(next((config for config in configs if config is not None), {}))
+        limit, lower = config.pop("max_seq_length", None), config.pop("do_lower_case", False)
+        if type(lower) is not bool or not (limit is None or (type(limit) is int and limit > 0)):
             raise ValueError(f"max_seq_length {limit!r}, do_lower_case {lower!r}")
+        config = {key: value for key, value in config.items() if value and key not in NO_MATTER}
+        if config.pop("transformer_task", "feature-extraction") != "feature-extraction" or config:
+            raise ValueError(f"{config or 'transformer_task'} is not implemented")
+        about = read_model_json(name, "config_sentence_transformers.json", needed) or {}
         prompt = about.get("prompts", {}).get(about.get("default_prompt_name"))
     if prompt:
         fail(f"{name} puts a prompt before every sentence, {prompt!r}; {ARRAY}")
@@ -81,8 +84,9 @@ def read_pooling(name, file):
     """The pooling that a Pooling module's config asks for, in its older or its newer form."""
     config = read_model_json(name, file)
     with attempt(f"understand {file} of {name}, which its modules.json names"):
-        old = [key.removeprefix("pooling_mode_") for key, on in config.items() if on is True]
-        modes = config.get("pooling_mode", [mode for mode in old if mode != "include_prompt"])
+        old = "pooling_mode_"
+        modes = [key.removeprefix(old) for key, on in config.items() if key.startswith(old) and on]
+        modes = config.get("pooling_mode", modes)
         mode = modes if isinstance(modes, str) else "+".join(modes)
     known = {"cls": "cls", "mean": "mean", "lasttoken": "last", "cls_token": "cls"}
     known |= {"mean_tokens": "mean", "": "mean"}  # the library's own default
@@ -136,17 +140,22 @@ def find_limit(name, model, tokenizer, declared, asked):
     Where the positions may not suffice (some models reserve the first ones), it is tried out.
     """
     positions = getattr(model.config, "max_position_embeddings", None) or 0
+    special = tokenizer.num_special_tokens_to_add()
     known = (asked, declared or tokenizer.model_max_length, positions)
     most = int(min(n for n in known if isinstance(n, (int, float)) and n > 0))
+    if most <= special:
+        fail(f"--max_length {most} leaves no token of a sentence beside {special} special ones")
     if positions <= 0 or most <= positions - 8:
         return most
     word = max(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
-    for limit in range(most, max(most - 8, 2), -1):
+    for limit in range(most, max(most - 8, special), -1):
         ids = torch.full((1, limit), word)
-        with suppress(IndexError, RuntimeError):
+        try:
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
             return limit
-    fail(f"{name} does not take the {most} tokens that its files promise")
+        except (IndexError, RuntimeError) as error:
+            why = reason(error)
+    fail(f"{name} does not take the {most} tokens that its files promise: {why}")
 
 
 @torch.inference_mode()
@@ -169,6 +178,10 @@ def examine(name, model, tokenizer):
         layers = hidden_states(model, batch)
         if not torch.equal(layers[-1], outputs[-1]):
             raise ValueError("its output is not its last layer")
+        more = {name: F.pad(t, (0, 4)) for name, t in batch.items()}  # ids 0 with mask 0
+        padded = forward(model, more).last_hidden_state[:, : ids.shape[1]]
+        if (padded - outputs[-1]).norm() > 0.05 * outputs[-1].norm():
+            raise ValueError("its embeddings depend on the padding of the batch")
         causal = torch.equal(outputs[0][0, 0], outputs[1][0, 0])
         return causal, tuple(h.shape[-1] for h in layers)
 
