@@ -26,15 +26,17 @@ def one_line(main):
             stream.reconfigure(errors="replace")  # ASCII alone must not cost a table
             setattr(sys, name, stream)
         try:
-            main(argv)
+            try:
+                main(argv)
+            finally:
+                sys.stdout.flush()
         except KeyboardInterrupt:
             fail("interrupted")
-        finally:
-            try:
-                sys.stdout.flush()
-            except OSError as error:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                fail(f"standard output was lost: {error.strerror}")
+        except OSError as error:
+            if error.errno is None or error.filename is not None:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            fail(f"standard output was lost: {error.strerror}")
 
     return run
 

@@ -46,24 +46,24 @@ def read_csv(path, text):
     Each row must have a field a column. In a .tsv, where a quotation mark is often just that, none
     may go on over the end of its line.
     """
-    tabs = path.suffix == ".tsv"
+    tabs, rows, start = path.suffix == ".tsv", [], 1
     lines = csv.DictReader(io.StringIO(text), delimiter="\t" if tabs else ",", strict=True)
-    rows, number = [], 1
-    with attempt(f"read {path}, line 1"):
+    try:
         names = lines.fieldnames or []
-        if len(set(names)) < len(names):
-            raise ValueError("two columns have the same name")
-    while True:
-        number = lines.line_num + 1
-        with attempt(f"read {path}, line {number}"):
-            row = next(lines, None)
-            if row is None:
-                return rows
+        if len(set(names)) < len(names) or any(name != name.strip() for name in names):
+            raise csv.Error(f"two columns of one name, or blanks around a name: {names}")
+        start = lines.line_num + 1
+        for row in lines:
             if None in row or None in row.values():
-                raise ValueError(f"it does not have {len(names)} fields; quote those with a comma")
+                raise csv.Error(f"it does not have {len(names)} fields; quote those with a comma")
             if tabs and any("\n" in field for field in row.values()):
-                raise ValueError('a field begins with " and swallows the next line')
+                raise csv.Error('a field begins with " and swallows the next line')
             rows.append(row)
+            start = lines.line_num + 1
+    except csv.Error as error:
+        where = start if start >= lines.line_num else f"{start} to {lines.line_num}"
+        fail(f"cannot read {path}, line {where}: {error}")
+    return rows
 
 
 def read_corpus(name, seed=42):

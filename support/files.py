@@ -91,7 +91,8 @@ def check_writable(path):
 @contextmanager
 def alone(output):
     """Keep other runs from writing to this output, a file or a folder, while the block lasts."""
-    path = Path(f"{Path(output).absolute()}.lock")
+    path = Path(output).absolute()
+    path = path.with_name(f".{path.name}.talas-lock")
     lock = FileLock(path)
     check_writable(output)
     with attempt(f"write {output}"):

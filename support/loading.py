@@ -139,7 +139,8 @@ def find_limit(name, model, tokenizer, declared, asked):
 
     Where the positions may not suffice (some models reserve the first ones), it is tried out.
     """
-    positions = getattr(model.config, "max_position_embeddings", None) or 0
+    names = ("max_position_embeddings", "max_seq_len")
+    positions = next((n for name in names if (n := getattr(model.config, name, None))), 0)
     special = tokenizer.num_special_tokens_to_add()
     known = (asked, declared or tokenizer.model_max_length, positions)
     most = int(min(n for n in known if isinstance(n, (int, float)) and n > 0))
@@ -192,17 +193,19 @@ def settle_pooling(name, kind, asked, declared, causal):
     Prints it with the reason. Ends the program where none is certain, or where the last word of a
     sentence would not change its embedding.
     """
-    decoders = set(registry.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    decoders -= set(registry.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    listed = kind in registry.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = kind in registry.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if asked != "auto":
         pooling, why = asked, "as asked"
     elif declared:
         pooling, why = declared, "from its sentence-transformers files"
-    elif kind in decoders and not causal:
-        fail(f"{name}: {kind} is listed as a decoder but reads both ways; choose a --pooling")
+    elif causal != listed and not (listed and masked):  # BERT is listed, too: it can be a decoder
+        fail(f"{name}: whether a {kind} is an encoder or a decoder is not certain; give --pooling")
     else:
         pooling, why = ("last", "it is a decoder") if causal else ("cls", "it is an encoder")
     if causal and pooling == "cls":
-        fail(f"{name} is a decoder, whose first token knows only itself; choose --pooling last")
+        fail(
+            f"the first token of {name} does not see the last, as in a decoder; try --pooling last"
+        )
     print(f"{name}: {pooling} pooling, {why}")
     return pooling
