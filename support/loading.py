@@ -35,16 +35,21 @@ def read_model_json(name, file, needed=True):
     If the Hub is out of reach, None too where the file is not `needed`; else the program ends.
     """
     with attempt(f"load {name} ({file})"):
-        if Path(name).is_dir():
-            path = Path(name, file)
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        try:
-            return json.loads(Path(cached_file(name, file)).read_text(encoding="utf-8"))
-        except OSError as error:
-            if isinstance(error.__cause__, LocalEntryNotFoundError) and needed:
-                fail(f"cannot reach {file} of {name}, or it is misspelt; --pooling does without it")
-            if not isinstance(error.__cause__, (EntryNotFoundError, type(None))):
-                raise
+        path = Path(name, file)
+        if not Path(name).is_dir():
+            try:
+                path = Path(cached_file(name, file))
+            except OSError as error:
+                if isinstance(error.__cause__, LocalEntryNotFoundError) and needed:
+                    fail(
+                        f"cannot reach {file} of {name}; is the name right? --pooling needs no file"
+                    )
+                if not isinstance(error.__cause__, (EntryNotFoundError, type(None))):
+                    raise
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if path.exists() and content is None:
+            raise ValueError("it holds nothing")
+        return content
 
 
 def read_declarations(name, asked):
@@ -145,7 +150,7 @@ def find_limit(name, model, tokenizer, declared, asked):
     known = (asked, declared or tokenizer.model_max_length, positions)
     most = int(min(n for n in known if isinstance(n, (int, float)) and n > 0))
     if most <= special:
-        fail(f"--max_length {most} leaves no token of a sentence beside {special} special ones")
+        fail(f"{name}: {most} tokens leave none of a sentence beside the {special} special ones")
     if positions <= 0 or most <= positions - 8:
         return most
     word = max(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
