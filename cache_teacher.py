@@ -139,13 +139,16 @@ def load_cache(path, needed=True):
         if not len(sentences) == len(sources) == len(embeddings) > 0:
             counts = f"{len(sentences)}, {len(sources)}, {len(embeddings)}"
             fail(f"{path} has unlike numbers of sentences, sources, embeddings: {counts}")
-        if {type(text) for text in [*sentences, *sources]} != {str}:
-            fail(f"{path}: sentences and sources must be text")
+        if {type(text) for text in [*sentences, *sources, cache["teacher"]]} != {str}:
+            fail(f"{path}: sentences, sources and teacher must be text")
+        if len({sentence.strip() for sentence in sentences} - {""}) < len(sentences):
+            fail(f"{path}: some sentences are blank or repeated")
+        "".join(sentences).encode()  # fails at half a character
         if fingerprint(sentences) != cache["fingerprint"]:
             fail(f"{path}: the sentences are not those that were embedded (fingerprint)")
         if not usable(embeddings).all():
             fail(f"{path}: some embeddings are zero or not finite")
-    return cache
+        return cache | {"embeddings": embeddings.detach()}
 
 
 # ------------------------------------------------------------------------------------ command line

@@ -252,7 +252,7 @@ def check_json(path):
     check_writable(path)
     if path.exists():
         with attempt(f"take {path} for earlier scores to replace; choose another --json"):
-            all(scores["avg"] for scores in json.loads(path.read_text("utf-8")).values())
+            [scores["avg"] for scores in json.loads(path.read_text("utf-8")).values()]
 
 
 @one_line

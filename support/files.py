@@ -82,9 +82,9 @@ def check_writable(path):
     """End the program if neither this name nor a longer, temporary one can be written there."""
     with attempt(f"write {path}"):
         str(path).encode()  # not every library takes another name than in UTF-8
-        longest = Path(f"{Path(path).absolute()}.part-0123456789abcdef")
+        longest = Path(f"{Path(path).absolute()}.may-i-write-{os.getpid():010}")
         longest.parent.mkdir(parents=True, exist_ok=True)
-        longest.touch()
+        longest.touch(exist_ok=False)
         longest.unlink()
 
 

@@ -1,85 +1,131 @@
-"""What the tests share: the scripts on the path, and models and corpora small enough to build in a moment."""
+"""What the tests share: a home of their own, and sentences, models and caches made in a moment."""
+# ruff: noqa: E402 - the environment is set before any library reads it
 
 import json
 import os
+import shutil
 import socket
 import sys
+import tempfile
 import time
 import traceback
+from functools import cache as once
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-for-bit equality, and forked processes, are the CPU's
+# No test writes to the user's home, asks the network or a GPU.
+HOME = tempfile.TemporaryDirectory(prefix="talas-tests-")
+for name in ("HOME", "USERPROFILE", "HF_HOME", "XDG_CACHE_HOME", "TMPDIR", "TMP", "TEMP"):
+    os.environ[name] = HOME.name
+for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    os.environ.pop(name, None)
+os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from cache_teacher import fingerprint
+from demo.tiny import tiny_student
 
-SCENES = [f"The {who} {does} the {what} in the {where}" for who in ("cook", "nurse", "pilot", "clown") for does in ("sees", "paints")
-          for what in ("door", "boat", "rose") for where in ("garden", "harbour")]  # fmt: skip
-SENTENCES = [
-    scene + " and then home" * (i % 5) + "." for i, scene in enumerate(SCENES)
-]  # of five lengths
+torch.set_num_threads(1)  # a forked process has one, and equal bits want equal numbers
+
+SENTENCES = [  # of five lengths
+    f"The {who} {does} the {what} in the {where}{' and then home' * (i % 5)}."
+    for i, (who, does, what, where) in enumerate(
+        (who, does, what, where)
+        for who in ("cook", "nurse", "pilot", "clown")
+        for does in ("sees", "paints")
+        for what in ("door", "boat", "rose")
+        for where in ("garden", "harbour")
+    )
+]
+SOURCES = ["a", "b", "a"] * 16  # two domains, unlike in size
 
 
 @pytest.fixture
 def sentences():
-    """48 distinct sentences."""
+    """48 distinct sentences of five lengths."""
     return list(SENTENCES)
 
 
 @pytest.fixture
 def corpus(tmp_path):
-    """A .jsonl corpus of the 48 sentences, from two domains."""
+    """A .jsonl file of the 48 sentences, from two sources."""
     path = tmp_path / "corpus.jsonl"
-    path.write_text(
-        "".join(
-            json.dumps({"text": text, "source": "ab"[i % 2]}) + "\n"
-            for i, text in enumerate(SENTENCES)
-        )
-    )
+    rows = [{"text": text, "source": source} for text, source in zip(SENTENCES, SOURCES)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-def small_bert(folder, seed=0, layers=3, **config):
-    """Write a BERT with random weights and a vocabulary of its own to `folder`, as transformers does."""
-    from demo.tiny import tiny_student
-
-    model, tokenizer, _ = tiny_student(SENTENCES, seed)
-    torch.manual_seed(seed)
-    sizes = {
-        "hidden_size": 32,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "max_position_embeddings": 64,
+def small_cache(path):
+    """Write a teacher cache of the 48 sentences: random embeddings of 8 dimensions."""
+    content = {
+        "sentences": list(SENTENCES),
+        "sources": list(SOURCES),
+        "embeddings": torch.randn(48, 8, generator=torch.Generator().manual_seed(3)),
+        "teacher": "random",
+        "pooling": "none",
+        "max_length": 256,
+        "fingerprint": fingerprint(SENTENCES),
+        "version": 1,
     }
-    model = BertModel(
-        BertConfig(vocab_size=len(tokenizer), num_hidden_layers=layers, **(sizes | config))
-    )
+    torch.save(content, path)
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A teacher cache of the 48 sentences: random embeddings of 8 dimensions."""
+    return small_cache(tmp_path / "teacher.pt")
+
+
+SIZES = {
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.4,  # BERT's own 0.02 would give all sentences nearly the same vector
+}
+
+
+def small_bert(folder, seed=0, **config):
+    """Write a BERT with random weights and the sentences' vocabulary, as transformers does."""
+    tokenizer = tiny_student(SENTENCES, seed=0).tokenizer
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = BertModel(BertConfig(vocab_size=len(tokenizer), **(SIZES | config)))
     model.save_pretrained(folder)
     tokenizer.model_max_length = 64
     tokenizer.save_pretrained(folder)
     return folder
 
 
+@once
+def built_once():
+    """The folder that `bert` copies."""
+    return small_bert(Path(HOME.name, "bert"))
+
+
 @pytest.fixture
 def bert(tmp_path):
     """A directory with a small BERT of 3 layers and 32 dimensions."""
-    return small_bert(tmp_path / "bert")
+    return shutil.copytree(built_once(), tmp_path / "bert")
 
 
 @pytest.fixture
 def ends_with_one_line(capsys):
-    """Checks that a call ends with exit code 2 and one line on standard error that holds the given words."""
+    """Check that a call ends with exit code 2 and one line, "error: ...", that holds the words."""
 
     def check(call, *words):
+        capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             call()
-        error = capsys.readouterr().err.strip()
+        error = capsys.readouterr().err
         assert stopped.value.code == 2
-        assert len(error.splitlines()) == 1 and "Traceback" not in error, error
+        assert error.startswith("error: ") and error.count("\n") == 1 and error[-1] == "\n", error
         for word in words:
             assert word in error, error
 
@@ -87,12 +133,13 @@ def ends_with_one_line(capsys):
 
 
 def start_process(action, **environment):
-    """Begin an action in a process of its own, one thread (a fork has no others); returns its number."""
+    """Begin an action in a process of its own and return its number; skip where none forks well."""
+    if sys.platform != "linux":
+        pytest.skip("needs Linux's fork and signals")
     pid = os.fork()
     if pid == 0:
         try:
             os.environ |= environment
-            torch.set_num_threads(1)
             action()
             os._exit(0)
         except SystemExit as stopped:
@@ -105,32 +152,25 @@ def start_process(action, **environment):
 
 
 def in_a_process(action):
-    """Run an action in a process of its own and return how it ended: its exit code, or minus a signal."""
+    """Run an action in a process of its own; returns its exit code, or minus the signal."""
     return os.waitstatus_to_exitcode(os.waitpid(start_process(action), 0)[1])
 
 
 def in_two_processes(action):
-    """Run an action in two processes that know each other as torchrun's do, and return how each of them ended."""
+    """Run an action in two processes, as torchrun does; returns the exit code of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        where = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free.getsockname()[1]),
-            "WORLD_SIZE": "2",
-        }
-    started = {
-        start_process(action, RANK=rank, LOCAL_RANK=rank, **where): int(rank) for rank in "01"
-    }
-    codes, deadline = [None, None], time.monotonic() + 120
+        port = str(free.getsockname()[1])
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    pids = [start_process(action, RANK=rank, LOCAL_RANK=rank, **where) for rank in "01"]
+    codes, deadline = [None, None], time.monotonic() + 60
     while None in codes:
-        time.sleep(0.05)
-        for pid, i in started.items():
+        time.sleep(0.02)
+        for i, pid in enumerate(pids):
             if codes[i] is None and (status := os.waitpid(pid, os.WNOHANG))[0]:
                 codes[i] = os.waitstatus_to_exitcode(status[1])
-        if time.monotonic() > deadline or any(
-            codes
-        ):  # as torchrun does: if one fails, the others are stopped
-            for pid, i in started.items():
-                if codes[i] is None:
+        if any(codes) or time.monotonic() > deadline:  # if one fails, the other is stopped
+            for pid, code in zip(pids, codes):
+                if code is None:
                     os.kill(pid, 9)
     return codes

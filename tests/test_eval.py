@@ -1,392 +1,411 @@
-"""eval.py and the demo: the scores against scipy and scikit-learn used directly, and against values worked out by hand."""
+"""eval.py and the demo: against scipy, scikit-learn and transformers used directly, and by hand."""
+
+from support import data as tables
 
 import importlib.util
 import json
+import os
+import random
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, SENTENCES
 from scipy.stats import pearsonr, rankdata
 from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, f1_score
+from transformers import AutoModel, AutoTokenizer
 
-spec = importlib.util.spec_from_file_location("eval", ROOT / "eval.py")
-evaluation = sys.modules["eval"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(evaluation)
+import eval as evaluation
+
+
+def run(*flags):
+    evaluation.main([str(flag) for flag in flags])
 
 
 def write(path, rows):
+    """A .jsonl file of these rows, or of this text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+
+
+PAIRS = [{"sentence1": SENTENCES[i], "sentence2": SENTENCES[(7 * i + 1) % 48]} for i in range(40)]
+TEXTS = [{"text": text, "label": text.split()[1]} for text in SENTENCES]
 
 
 @pytest.fixture
-def data(tmp_path):
-    """A directory with one task of each kind."""
-    pairs = [
-        {"sentence1": SENTENCES[i], "sentence2": SENTENCES[(7 * i + 1) % 48]} for i in range(40)
-    ]
-    write(
-        tmp_path / "data" / "stsb" / "test.jsonl",
-        [pair | {"score": i % 6} for i, pair in enumerate(pairs)],
-    )
-    write(
-        tmp_path / "data" / "mrpc" / "test.jsonl",
-        [pair | {"label": i % 2} for i, pair in enumerate(pairs)],
-    )
-    texts = [{"text": text, "label": text.split()[1]} for text in SENTENCES]
-    write(tmp_path / "data" / "emotion" / "train.jsonl", texts[::2])
-    write(tmp_path / "data" / "emotion" / "test.jsonl", texts[1::2])
+def folder(tmp_path):
+    """A folder with one task of each kind."""
+    write(tmp_path / "data/stsb/test.jsonl", [p | {"score": i % 6} for i, p in enumerate(PAIRS)])
+    write(tmp_path / "data/mrpc/test.jsonl", [p | {"label": i % 2} for i, p in enumerate(PAIRS)])
+    write(tmp_path / "data/emotion/train.jsonl", TEXTS[::2])
+    write(tmp_path / "data/emotion/test.jsonl", TEXTS[1::2])
     return tmp_path / "data"
 
 
-# ------------------------------------------------------------------------------------------------- the metrics
-
-
+# ------------------------------------------------------------------------------------- the metrics
 def test_spearman_is_the_correlation_of_the_ranks():
     rng = np.random.default_rng(0)
     a, b, gold = rng.normal(size=(30, 4)), rng.normal(size=(30, 4)), rng.integers(0, 6, 30)
     cosines = [float(u @ v / (u @ u) ** 0.5 / (v @ v) ** 0.5) for u, v in zip(a, b)]
-    assert evaluation.spearman(a, b, gold) == pytest.approx(
-        100 * pearsonr(rankdata(cosines), rankdata(gold)).statistic
-    )
+    expected = 100 * pearsonr(rankdata(cosines), rankdata(gold)).statistic
+    assert evaluation.spearman(a, b, gold) == pytest.approx(expected)
 
 
 def test_average_precision_by_hand():
-    a = np.array([[1.0, 0.0]] * 4)
-    angles = np.array([0.1, 0.2, 0.3, 0.4])  # ranked as listed; labels 1, 0, 1, 0
-    b = 7 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    assert evaluation.average_precision(a, b, [1, 0, 1, 0]) == pytest.approx(
-        100 * (1 / 1 + 2 / 3) / 2
-    )
+    angles = np.array([0.1, 0.2, 0.3, 0.4])  # the smaller, the likelier: labels 1, 0, 1, 0
+    a, b = np.array([[1.0, 0.0]] * 4), 7 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    expected = 100 * (1 / 1 + 2 / 3) / 2
+    assert evaluation.average_precision(a, b, [1, 0, 1, 0]) == pytest.approx(expected)
 
 
 def test_macro_f1_by_hand():
-    train, labels = np.array([[-1.0], [-2.0], [1.0], [2.0]]), ["x", "x", "y", "y"]
-    test, gold = (
-        np.array([[-3.0], [-1.0], [-1.0], [3.0]]),
-        ["x", "x", "y", "y"],
-    )  # one y is taken for x
-    assert evaluation.macro_f1(train, labels, test, gold) == pytest.approx(100 * (0.8 + 2 / 3) / 2)
+    train, test = np.array([[-1.0], [-2], [1], [2]]), np.array([[-3.0], [-1], [-1], [3]])
+    found = evaluation.macro_f1(train, list("xxyy"), test, list("xxyy"))  # one y is taken for x
+    assert found == pytest.approx(100 * (0.8 + 2 / 3) / 2)
+
+
+def test_embeddings_are_classified_as_they_are():
+    """Their length is information; float32 ones are not rounded further."""
+    rng = np.random.default_rng(0)
+    train, test = rng.normal(size=(60, 3)) * [[9]], rng.normal(size=(40, 3)) * [[9]]
+    of_length = [int(np.linalg.norm(x) > 14) for x in [*train, *test]]
+    fitted = LogisticRegression(max_iter=1000).fit(train, of_length[:60])
+    expected = 100 * f1_score(of_length[60:], fitted.predict(test), average="macro")
+    assert evaluation.macro_f1(train, of_length[:60], test, of_length[60:]) == expected
 
 
 def test_cosine_of_a_zero_vector_is_0():
-    assert evaluation.cosine(
-        np.array([[0.0, 0.0], [3.0, 4.0]]), np.array([[1.0, 2.0], [6.0, 8.0]])
-    ).tolist() == [
-        0.0,
-        1.0,
-    ]
+    a, b = np.array([[0.0, 0.0], [3.0, 4.0]]), np.array([[1.0, 2.0], [6.0, 8.0]])
+    assert evaluation.cosine(a, b).tolist() == [0.0, 1.0]
 
 
-# ------------------------------------------------------------------------------------------------- the whole script
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("other", [1.0, 1.7, -2.0])
+def test_cosines_that_are_the_same_up_to_rounding_rank_nothing(dtype, other):
+    a = np.random.default_rng(0).normal(size=(50, 32)).astype(dtype)
+    b, labels = (a * other).astype(dtype), [i % 2 for i in range(50)]
+    assert len(set((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))) > 1
+    assert np.isnan(evaluation.cosine(a, b)).all()
+    assert np.isnan(evaluation.average_precision(a, b, labels))
+    assert np.isnan(evaluation.spearman(a, b, labels))
+    b[7] *= 1 + 0.01 * np.arange(32)  # one of them is not
+    assert np.isfinite(evaluation.cosine(a, b)).all()
 
 
-def test_scores_equal_an_independent_path(data, bert, tmp_path, capsys):
-    import torch
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import average_precision_score, f1_score
-    from transformers import AutoModel, AutoTokenizer
-
-    evaluation.main(
-        [
-            str(bert),
-            "--data",
-            str(data),
-            "--json",
-            str(tmp_path / "scores.json"),
-            "--pooling",
-            "mean",
-            "--batch_size",
-            "7",
-        ]
-    )
-    scores = json.loads((tmp_path / "scores.json").read_text())[str(bert)]
-
+# -------------------------------------------------------------------------------- the whole script
+def by_transformers(bert, text):
+    """Mean pooling of one sentence, by transformers alone."""
     model, tokenizer = AutoModel.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
+    with torch.no_grad():
+        return model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0).numpy()
 
-    def embed(text):
-        with torch.no_grad():
-            return (
-                model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0).numpy()
-            )
 
-    rows = [json.loads(line) for line in (data / "stsb" / "test.jsonl").read_text().splitlines()]
-    a, b = (
-        np.stack([embed(r["sentence1"]) for r in rows]),
-        np.stack([embed(r["sentence2"]) for r in rows]),
-    )
+def test_scores_equal_an_independent_path(folder, bert, tmp_path, capsys):
+    flags = ["--pooling", "mean", "--batch_size", 7, "--json", tmp_path / "scores.json"]
+    run(bert, "--data", folder, *flags)
+    scores = json.loads((tmp_path / "scores.json").read_text())[str(bert)]
+    table = capsys.readouterr().out
+
+    known = {text: by_transformers(bert, text) for text in SENTENCES}
+    a, b = (np.stack([known[pair[key]] for pair in PAIRS]) for key in ("sentence1", "sentence2"))
     cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-    assert scores["stsb"] == pytest.approx(
-        100 * pearsonr(rankdata(cosines), rankdata([r["score"] for r in rows])).statistic, abs=0.05
-    )
-    assert scores["mrpc"] == pytest.approx(
-        100 * average_precision_score([i % 2 for i in range(40)], cosines), abs=0.05
-    )
-    train, test = [
-        [
-            json.loads(line)
-            for line in (data / "emotion" / f"{split}.jsonl").read_text().splitlines()
-        ]
-        for split in ("train", "test")
-    ]
-    fitted = LogisticRegression(max_iter=5000).fit(
-        np.stack([embed(r["text"]) for r in train]), [r["label"] for r in train]
-    )
-    predicted = fitted.predict(np.stack([embed(r["text"]) for r in test]))
-    assert scores["emotion"] == pytest.approx(
-        100 * f1_score([r["label"] for r in test], predicted, average="macro"), abs=0.05
-    )
+    ranks = rankdata(cosines), rankdata([i % 6 for i in range(40)])
+    train, test = TEXTS[::2], TEXTS[1::2]
+    x, y = ([known[row["text"]] for row in rows] for rows in (train, test))
+    fitted = LogisticRegression(max_iter=5000).fit(x, [row["label"] for row in train])
+    predicted, gold = fitted.predict(y), [row["label"] for row in test]
+    expected = {
+        "emotion": 100 * f1_score(gold, predicted, average="macro"),
+        "mrpc": 100 * average_precision_score([i % 2 for i in range(40)], cosines),
+        "stsb": 100 * pearsonr(*ranks).statistic,
+    }
+    expected["avg_in"] = (expected["emotion"] + expected["stsb"]) / 2
+    expected["avg_out"] = expected["mrpc"]
+    expected["avg"] = sum(expected[task] for task in ("emotion", "mrpc", "stsb")) / 3
+    assert list(scores) == list(expected) and scores == pytest.approx(expected, abs=0.02)
 
-    assert scores["avg_in"] == pytest.approx((scores["emotion"] + scores["stsb"]) / 2)
-    assert scores["avg_out"] == pytest.approx(scores["mrpc"])
-    assert scores["avg"] == pytest.approx((scores["emotion"] + scores["stsb"] + scores["mrpc"]) / 3)
-    table = capsys.readouterr().out.splitlines()
-    header = next(line for line in table if line.startswith("| model"))
-    assert [cell.strip() for cell in header.strip("|").split("|")] == [
-        "model",
-        "emotion*",
-        "mrpc",
-        "stsb*",
-        "Avg-In*",
-        "Avg-Out",
-        "Avg",
-    ]
-    assert f"{scores['avg']:.2f}" in next(line for line in table if line.startswith(f"| {bert}"))
+    header, line = ([c.strip() for c in row.split("|")[1:-1]] for row in table.split("\n")[1:4:2])
+    assert header == ["model", "emotion*", "mrpc", "stsb*", "Avg-In*", "Avg-Out", "Avg"]
+    assert line == [str(bert), *(f"{value:.2f}" for value in scores.values())]
+    assert table.endswith("F1: emotion; AP: mrpc; Spearman: stsb; * in-domain\n")
 
 
-def test_each_distinct_sentence_is_embedded_once(data, bert, monkeypatch):
-    seen = []
-    original = evaluation.encode
-    monkeypatch.setattr(
-        evaluation,
-        "encode",
-        lambda model, tokenizer, texts, *rest: (
-            seen.extend(texts) or original(model, tokenizer, texts, *rest)
-        ),
-    )
-    evaluation.main([str(bert), "--data", str(data)])
+def test_each_distinct_sentence_is_embedded_once(folder, bert, monkeypatch):
+    seen, tokenize = [], evaluation.tokenize
+
+    def watched(encoder, texts):
+        seen.extend(texts)
+        return tokenize(encoder, texts)
+
+    monkeypatch.setattr(evaluation, "tokenize", watched)
+    run(bert, "--data", folder)
     assert len(seen) == len(set(seen)) and set(seen) == set(SENTENCES)
 
 
-def test_several_models_share_one_table(data, bert, capsys, tmp_path):
-    evaluation.main(
-        [
-            str(bert),
-            "lsa",
-            "--data",
-            str(data),
-            "--tasks",
-            "mrpc",
-            "--json",
-            str(tmp_path / "s.json"),
-        ]
-    )
-    out = capsys.readouterr().out
-    assert f"| {bert}" in out and "| lsa" in out
-    assert json.loads((tmp_path / "s.json").read_text())["lsa"]["avg_in"] is None
-
-
-def test_tasks_json_names_the_in_domain_tasks(data):
-    (data / "tasks.json").write_text('{"in_domain": ["mrpc"]}')
-    assert evaluation.load_tasks(str(data), None)[1] == ["mrpc"]
-
-
-# ------------------------------------------------------------------------------------------------- the Hub
-
-
-def hub_repository(folder, task):
-    """A directory laid out as the task's repository on the Hub, with its column names and a few rows of its labels."""
-    from datasets import Dataset
-
-    source = evaluation.HUB[task]
-    values = {
-        "text": lambda i: SENTENCES[i],
-        "label": lambda i: list(source.labels or [0, 1])[i % 2],
-        "score": lambda i: i / 2,
-    }
-    values |= {"sentence1": lambda i: SENTENCES[i], "sentence2": lambda i: SENTENCES[i + 9]}
-    column = lambda name: values.get(source.columns.get(name), lambda i: "x")
-    rows = [
-        {name: column(name)(i) for name in [*source.columns, "another_column"]} for i in range(12)
+def test_several_models_share_one_table(folder, bert, capsys, tmp_path):
+    write(folder / "corpus.jsonl", [{"text": text} for text in SENTENCES])
+    flags = ["--data", folder, "--tasks", "mrpc,emotion", "--json", tmp_path / "s.json"]
+    run(bert, "lsa", "tiny", *flags)
+    lines = [line.split(" | ")[0].strip("| ") for line in capsys.readouterr().out.splitlines()]
+    assert [name for name in lines if name in (str(bert), "lsa", "tiny")] == [
+        str(bert),
+        "lsa",
+        "tiny",
     ]
-    pattern = (
-        "default/{}/0000.parquet"
-        if task == "sick"
-        else (source.config or "data") + "/{}-00000-of-00001.parquet"
-    )
-    for split in ("train", "validation", "test"):
-        (folder / pattern.format(split)).parent.mkdir(parents=True, exist_ok=True)
-        Dataset.from_list(rows).to_parquet(str(folder / pattern.format(split)))
-    if source.config:
-        files = "".join(
-            f"\n  - split: {s}\n    path: {source.config}/{s}-*"
-            for s in ("train", "validation", "test")
-        )
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert list(scores) == [str(bert), "lsa", "tiny"]
+    assert list(scores["tiny"]) == ["emotion", "mrpc", "avg_in", "avg_out", "avg"]
+
+
+def test_tasks_json_names_the_in_domain_tasks_and_other_kinds_follow_table_1(folder, capsys):
+    (folder / "tasks.json").write_text('{"in_domain": ["mrpc"]}')
+    write(folder / "a/test.jsonl", [p | {"score": i} for i, p in enumerate(PAIRS)])
+    write(folder / "b/test.jsonl", [p | {"label": i % 2} for i, p in enumerate(PAIRS)])
+    tasks, in_domain = evaluation.load_tasks(str(folder), None)
+    assert list(tasks) == ["emotion", "mrpc", "stsb", "b", "a"] and in_domain == ["mrpc"]
+    assert list(evaluation.load_tasks(str(folder), ["stsb", "emotion"])[0]) == ["emotion", "stsb"]
+
+
+def test_a_mean_over_no_task_is_no_number(folder, tmp_path, bert, capsys):
+    run(bert, "--data", folder, "--tasks", "mrpc", "--json", tmp_path / "s.json")
+    scores = json.loads((tmp_path / "s.json").read_text())[str(bert)]
+    assert scores["avg_in"] is None and scores["avg_out"] == scores["avg"] == scores["mrpc"]
+    assert " – | " in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------- the Hub
+WHERE = {  # the paper's nine benchmarks: id, configuration, revision; by hand, from their pages
+    "banking77": ("mteb/banking77", None, "18072d2685ea682290f7b8924d94c62acc19c0b2"),
+    "tweet": ("mteb/tweet_sentiment_extraction", None, "7261898ee3b9a739595e8dbf41df6b2332f429bb"),
+    "emotion": ("mteb/emotion", None, "13535ec7ed83ac3920c40db3c3fd4133af55cc06"),
+    "mrpc": ("nyu-mll/glue", "mrpc", None),
+    "scitail": ("allenai/scitail", "tsv_format", None),
+    "wic": ("Deehan1866/WiC", None, None),
+    "sick": ("RobZamp/sick", None, "refs/convert/parquet"),
+    "sts12": ("mteb/sts12-sts", None, "a0d554a64d88156834ff5ae9920b964011b16384"),
+    "stsb": ("mteb/stsbenchmark-sts", None, "b0fddb56ed78048fa8b90373c8a3cfc37b684831"),
+}
+ROWS = {  # their columns, two rows of each, and what eval.py is to make of the first
+    "banking77": [{"text": "a", "label": 11, "label_text": "x"}, {"text": "b", "label": 3}],
+    "tweet": [{"id": "7", "text": "a", "label": 0, "label_text": "x"}, {"text": "b", "label": 2}],
+    "emotion": [{"text": "a", "label": 4, "label_text": "x"}, {"text": "b", "label": 0}],
+    "mrpc": [{"sentence1": "a", "sentence2": "b", "label": 1, "idx": 0},
+             {"sentence1": "c", "sentence2": "d", "label": 0, "idx": 1}],
+    "scitail": [{"premise": "a", "hypothesis": "b", "label": "entails"},
+                {"premise": "c", "hypothesis": "d", "label": "neutral"}],
+    "wic": [{"word": "x", "sentence1": "a", "sentence2": "b", "label": 1},
+            {"word": "x", "sentence1": "c", "sentence2": "d", "label": 0}],
+    "sick": [{"id": 1, "sentence_A": "a", "sentence_B": "b", "relatedness_score": 4.5, "label": 1},
+             {"id": 2, "sentence_A": "c", "sentence_B": "d", "relatedness_score": 2.0, "label": 0}],
+    "sts12": [{"sentence1": "a", "sentence2": "b", "score": 4.5},
+              {"sentence1": "c", "sentence2": "d", "score": 2.0}],
+    "stsb": [{"split": "test", "sentence1": "a", "sentence2": "b", "score": 4.5},
+             {"split": "test", "sentence1": "c", "sentence2": "d", "score": 2.0}],
+}  # fmt: skip
+FIRST = {
+    "banking77": {"text": "a", "label": 11},
+    "tweet": {"text": "a", "label": 0},
+    "emotion": {"text": "a", "label": 4},
+} | {name: {"sentence1": "a", "sentence2": "b", "label": 1} for name in ("mrpc", "scitail", "wic")}
+FIRST |= {
+    name: {"sentence1": "a", "sentence2": "b", "score": 4.5} for name in ("sick", "sts12", "stsb")
+}
+
+
+def repository(folder, task, config):
+    """A folder laid out as the benchmark's repository: its splits as parquet files."""
+    names = {key: None for row in ROWS[task] for key in row}
+    rows = [names | row for row in ROWS[task]]
+    place = "default/{}/0000" if task == "sick" else f"{config or 'data'}/{{}}-00000-of-00001"
+    files = {split: f"{place.format(split)}.parquet" for split in ("train", "validation", "test")}
+    for split, file in files.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        marked = [{k: f"{v}" if v != "a" else "a" for k, v in row.items()} for row in rows]
+        wrong = marked if split == "validation" else rows  # which eval.py is not to read
+        datasets.Dataset.from_list(wrong).to_parquet(str(folder / file))
+    if config:
+        paths = "".join(f"\n  - split: {s}\n    path: {file}" for s, file in files.items())
         other = "\n- config_name: another\n  data_files: nowhere.parquet"
-        (folder / "README.md").write_text(
-            f"---\nconfigs:\n- config_name: {source.config}\n  data_files:{files}{other}\n---\n"
-        )
+        configs = f"configs:\n- config_name: {config}\n  data_files:{paths}{other}"
+        (folder / "README.md").write_text(f"---\n{configs}\n---\n")
     return folder
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The nine benchmarks as local directories with the layout of their repositories."""
-    table = {
-        task: source._replace(dataset=str(hub_repository(tmp_path / task, task)))
-        for task, source in evaluation.HUB.items()
-    }
-    monkeypatch.setattr(evaluation, "HUB", table)
+    """The nine repositories in local folders; a list of what load_dataset was asked for."""
+    asked, load = [], datasets.load_dataset
+    ids = {where[0]: task for task, where in WHERE.items()}
+
+    def from_folder(name, config=None, split=None, revision=None):
+        asked.append((name, config, split, revision))
+        place = tmp_path / name
+        if not place.exists():
+            repository(place, ids[name], config)
+        return load(str(place), config, split=split, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", from_folder)
+    return asked
 
 
 def test_section_4_1_the_nine_benchmarks_load_from_their_layouts(hub):
     tasks, in_domain = evaluation.load_tasks("hub", None)
-    assert list(tasks) == [
-        "banking77",
-        "tweet",
-        "emotion",
-        "mrpc",
-        "scitail",
-        "wic",
-        "sick",
-        "sts12",
-        "stsb",
-    ]  # Table 1's order
+    assert list(tasks) == list(WHERE)  # Table 1's order
     assert [task["kind"] for task in tasks.values()] == ["F1"] * 3 + ["AP"] * 3 + ["Spearman"] * 3
     assert in_domain == ["emotion", "wic", "stsb"]
-    assert [row["label"] for row in tasks["scitail"]["test"][:2]] == [1, 0]  # entails, neutral
-    assert tasks["sick"]["test"][3] == {
-        "sentence1": SENTENCES[3],
-        "sentence2": SENTENCES[12],
-        "score": 1.5,
-    }
-
-
-def test_a_hub_dataset_that_lost_a_column(hub, monkeypatch, ends_with_one_line):
-    broken = evaluation.HUB["mrpc"]._replace(
-        columns={"first": "sentence1", "sentence2": "sentence2", "label": "label"}
-    )
-    monkeypatch.setitem(evaluation.HUB, "mrpc", broken)
-    ends_with_one_line(
-        lambda: evaluation.load_tasks("hub", ["mrpc"]),
-        "first",
-        "another_column, label, sentence1, sentence2"[:14],
-    )
-
-
-def test_appendix_d_the_paper_corpus(hub):
-    import cache_teacher
-
-    sentences, sources = cache_teacher.read_corpus("paper", 0)
-    assert len(sentences) == len(sources) == 12 + 2 * 12 + 2 * 12  # every row of these small splits
-    assert sources.count("emotion") == 12 and sources.count("wic") == sources.count("stsb") == 24
-    assert (
-        cache_teacher.read_corpus("paper", 0)
-        == (sentences, sources)
-        != cache_teacher.read_corpus("paper", 1)
-    )
-
-
-def test_without_a_network_one_line_says_so():
-    import os
-
-    command = [sys.executable, str(ROOT / "eval.py"), "lsa", "--data", "hub", "--tasks", "stsb"]
-    done = subprocess.run(
-        command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert "mteb/stsbenchmark-sts" in done.stderr and "--data DIR" in done.stderr
-
-
-# ------------------------------------------------------------------------------------------------- mistakes
-
-PAIR = {"sentence1": "a dog", "sentence2": "a cat"}
-MISTAKES = [  # (task, test rows, train rows, words of the answer)
-    ("mrpc", [], None, ["mrpc", "empty"]),
-    ("mrpc", None, None, ["test.jsonl", "does not exist"]),
-    (
-        "mrpc",
-        [PAIR | {"labels": 1}],
-        None,
-        ["sentence1,sentence2,label", "sentence1,sentence2,labels"],
-    ),
-    ("mrpc", [PAIR | {"label": 1}, PAIR | {"label": 2}], None, ["0 or 1", "2"]),
-    ("mrpc", [PAIR | {"label": 1}, PAIR | {"label": 1}], None, ["same label"]),
-    ("mrpc", [PAIR | {"label": 1}, PAIR], None, ["row 2"]),
-    ("mrpc", [PAIR | {"label": "yes"}, PAIR | {"label": 0}], None, ["row 1", "label"]),
-    ("stsb", [PAIR | {"score": 1}, PAIR | {"score": float("nan")}], None, ["row 2", "score"]),
-    ("stsb", [PAIR | {"score": 1}, PAIR | {"score": float("inf")}], None, ["finite"]),
-    ("stsb", [PAIR | {"score": 2}, PAIR | {"score": 2}], None, ["same score"]),
-    ("stsb", ["text", "text"], None, ["columns"]),
-    (
-        "emotion",
-        [{"text": "a", "label": 0}, {"text": "b", "label": 1}],
-        None,
-        ["train.jsonl", "does not exist"],
-    ),
-    ("emotion", [{"text": "a", "label": 0}, {"text": "b", "label": 1}], [], ["train", "empty"]),
-    (
-        "emotion",
-        [{"text": "a", "label": 0}, {"text": "b", "label": 1}],
-        [{"text": "a", "label": 0}] * 2,
-        ["train", "same label"],
-    ),
-    (
-        "emotion",
-        [{"text": "a", "label": 0}, {"text": "b", "label": 7}],
-        [{"text": "a", "label": i} for i in (0, 1)],
-        ["train lacks", "7"],
-    ),
-    (
-        "emotion",
-        [{"text": "a", "label": i} for i in (0, 1)],
-        [PAIR | {"label": i} for i in (0, 1)],
-        ["columns of test"],
-    ),
-    ("emotion", [{"text": None, "label": 0}, {"text": "b", "label": 7}], None, ["row 1", "text"]),
-]
-
-
-@pytest.mark.parametrize("name, test, train, words", MISTAKES)
-def test_a_mistake_in_a_task_is_one_line(tmp_path, name, test, train, words, ends_with_one_line):
-    (tmp_path / "data" / name).mkdir(parents=True)
-    for split, rows in (("test", test), ("train", train)):
-        if rows is not None:
-            write(tmp_path / "data" / name / f"{split}.jsonl", rows)
-    ends_with_one_line(lambda: evaluation.main(["lsa", "--data", str(tmp_path / "data")]), *words)
+    of_test = [(name, config, "test", revision) for name, config, revision in WHERE.values()]
+    classified = [WHERE[task] for task in ("banking77", "tweet", "emotion")]
+    of_train = [(name, config, "train", revision) for name, config, revision in classified]
+    assert sorted(hub, key=str) == sorted(of_test + of_train, key=str)
+    for name, task in tasks.items():
+        assert task["test"][0] == FIRST[name] and len(task["test"]) == 2
+        assert ("train" in task) == (task["kind"] == "F1")
+    assert [row["label"] for row in tasks["scitail"]["test"]] == [1, 0]  # entails, neutral
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "task, rows, words",
     [
-        (["--data", "nowhere"], ["nowhere", "demo, hub"]),
-        (["--tasks", "topics,topix"], ["topix", "topics"]),
-        (["--batch_size", "0"], ["--batch_size"]),
-        (["--pooling", "max"], ["--pooling", "cls"]),
-        (["--json", "no/such/folder/s.json"], ["folder"]),
-        (["--tables"], ["--tables"]),
-        (["no/such/model", "--tasks", "captions"], ["no/such/model"]),
+        ("mrpc", [{"first": "a", "sentence2": "b", "label": 1}], ["nyu-mll/glue", "sentence1", "first"]),
+        ("scitail", [ROWS["scitail"][0] | {"label": "maybe"}], ["allenai/scitail", "maybe", "entails"]),
+        ("mrpc", [row | {"label": -1} for row in ROWS["mrpc"]], ["mrpc", "0 or 1", "-1"]),
     ],
-)
-def test_a_mistake_on_the_command_line_is_one_line(flags, words, ends_with_one_line, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    ends_with_one_line(lambda: evaluation.main(flags), *words)
+)  # fmt: skip
+def test_a_benchmark_that_changed_is_one_line(
+    hub, task, rows, words, monkeypatch, ends_with_one_line
+):
+    monkeypatch.setitem(ROWS, task, rows)
+    ends_with_one_line(lambda: evaluation.load_tasks("hub", [task]), *words)
 
 
-def test_torn_tasks_and_embeddings_without_a_score(data, bert, ends_with_one_line):
-    (data / "tasks.json").write_text('{"in_domain"')
-    ends_with_one_line(lambda: evaluation.main(["lsa", "--data", str(data)]), "in_domain")
-    (data / "tasks.json").unlink()
-    from transformers import AutoModel
+def test_appendix_d_the_paper_corpus(monkeypatch):
+    def many(name, config=None, split=None, revision=None):
+        n = {"mteb/emotion": 5600, "Deehan1866/WiC": 2700, "mteb/stsbenchmark-sts": 2600}[name]
+        assert split == "train" and (name, config, revision) in WHERE.values()
+        kind, numbers = name[-3:], range(n)
+        pairs = {f"sentence{side}": [f"{kind} {i} {side}" for i in numbers] for side in (1, 2)}
+        columns = {"text": [f"{kind} {i}" for i in numbers]} if kind == "ion" else pairs
+        label = "score" if kind == "sts" else "label"
+        return datasets.Dataset.from_dict(columns | {label: [i % 2 for i in numbers]})
 
+    monkeypatch.setattr(datasets, "load_dataset", many)
+    sentences, sources = tables.read_corpus("paper", 0)
+    assert sources == ["emotion"] * 5000 + ["wic"] * 5000 + ["stsb"] * 5000
+    assert len(set(sentences)) == 15_000
+    numbers = [int(text.split()[1]) for text in sentences[:5000]]
+    assert max(numbers) > 5500 and numbers != sorted(numbers)  # drawn from all of them
+    for first, second in zip(sentences[5000::2], sentences[5001::2]):  # both sides of a pair
+        assert first[-2:] == " 1" and second == first[:-1] + "2"
+    assert {text[:3] for text in sentences[10_000:]} == {"sts"}
+    assert tables.read_corpus("paper", 0) == (sentences, sources)
+    assert tables.read_corpus("paper", 1)[0] != sentences
+
+
+def test_without_a_network_one_line_says_so(ends_with_one_line):
+    flags = ["lsa", "--data", "hub", "--tasks", "stsb"]
+    ends_with_one_line(lambda: run(*flags), "stsb", "mteb/stsbenchmark-sts", "--data DIR")
+    from cache_teacher import main
+
+    ends_with_one_line(lambda: main(["--corpus", "paper"]), "mteb/emotion")
+
+
+# ---------------------------------------------------------------------------------------- mistakes
+P, Q = {"sentence1": "the cook", "sentence2": "the boat"}, {"sentence1": "a", "sentence2": "b"}
+BOTH = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
+TASKS = {  # a mistake: (test, train, words of the answer); None: no such file
+    "no row": ([], None, ["task", "no row"]),
+    "no test": (None, None, ["test.jsonl", "No such file"]),
+    "no kind": ([P | {"labels": 1}], None, ["sentence1,sentence2,label", "labels"]),
+    "two kinds": ([P | {"label": 1, "score": 0.3}], None, ["one kind", "label,score"]),
+    "three kinds": ([P | {"label": 1, "score": 0.3, "text": "a"}], None, ["one kind"]),
+    "labels": ([P | {"label": 1}, P | {"label": 2}], None, ["0 or 1", "2"]),
+    "half a label": ([P | {"label": 0.5}, P | {"label": 0}], None, ["0 or 1", "0.5"]),
+    "one label": ([P | {"label": 1}, Q | {"label": 1}], None, ["same label"]),
+    "a label short": ([P | {"label": 1}, P], None, ["row 2", "label"]),
+    "a word": ([P | {"label": "yes"}, P | {"label": 0}], None, ["row 1", "label"]),
+    "nan": ([P | {"score": 1}, P | {"score": float("nan")}], None, ["row 2", "score"]),
+    "inf": ([P | {"score": 1}, P | {"score": float("inf")}], None, ["row 2", "score"]),
+    "huge": ([P | {"score": 1}, P | {"score": 10**400}], None, ["row 2", "score"]),
+    "one score": ([P | {"score": 2}, Q | {"score": 2}], None, ["same score"]),
+    "alike": ([P | {"score": 1}, P | {"score": 2}], None, ["no score", "all the same"]),
+    "itself": ([dict.fromkeys(P, text) | {"score": i} for i, text in enumerate(SENTENCES)], None,
+               ["no score", "all the same"]),
+    "no columns": (["text"], None, ["line 1"]),
+    "no text": ([{"text": None, "label": 0}, BOTH[1]], BOTH, ["row 1", "text"]),
+    "no train": (BOTH, None, ["train.jsonl", "No such file"]),
+    "empty train": (BOTH, [], ["train", "no row"]),
+    "one in train": (BOTH, BOTH[:1] * 2, ["same label"]),
+    "unseen": ([BOTH[0], {"text": "b", "label": 7}], BOTH, ["train lacks", "7"]),
+    "other train": (BOTH, [P | {"label": 0}, P | {"label": 1}], ["columns of test"]),
+    "mixed": ([{"text": "a", "label": 1}, {"text": "b", "label": "1"}], BOTH, ["one way"]),
+    "mixed train": (BOTH, [*BOTH, {"text": "c", "label": "1"}], ["one way"]),
+    "float label": ([{"text": "a", "label": 1.0}], BOTH, ["row 1", "label"]),
+    "list label": ([{"text": "a", "label": [1]}], BOTH, ["row 1", "label"]),
+    "half a character": ('{"text": "\\ud800", "label": 1}\n', BOTH, ["line 1", "surrogates"]),
+    "digits": ('{"text": "a", "label": %s}\n' % ("9" * 5000), BOTH, ["line 1", "digits"]),
+    "deep": ("[" * 100_000, BOTH, ["line 1", "recursion"]),
+    "torn": ('{"text": "a", "label": 1}\n{"text', BOTH, ["line 2"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("test, train, words", TASKS.values(), ids=TASKS)
+def test_a_mistake_in_a_task_is_one_line(tmp_path, bert, test, train, words, ends_with_one_line):
+    (tmp_path / "data" / "task").mkdir(parents=True)
+    for split, rows in (("test", test), ("train", train)):
+        if rows is not None:
+            write(tmp_path / "data" / "task" / f"{split}.jsonl", rows)
+    ends_with_one_line(lambda: run(bert, "--data", tmp_path / "data"), *words)
+
+
+FLAGS = [
+    (["--data", "nowhere"], ["nowhere", "demo", "hub"]),
+    (["--tasks", "topics,topix"], ["topix", "topics"]),
+    (["--tasks", ""], ["no task", "captions"]),
+    (["--batch_size", "0"], ["--batch_size"]),
+    (["--pooling", "max"], ["--pooling", "cls"]),
+    (["--json", "no/such/folder/s.json"], ["folder"]),
+    (["--json", "."], ["--json"]),
+    (["--tables"], ["--tables"]),
+    (["no/such/model", "--tasks", "captions"], ["no/such/model"]),
+    (["--device", "quantum", "--tasks", "captions"], ["--device quantum"]),
+]
+
+
+@pytest.mark.parametrize("flags, words", FLAGS)
+def test_a_mistake_on_the_command_line_is_one_line(flags, words, ends_with_one_line, tmp_path):
+    ends_with_one_line(
+        lambda: run("lsa" if "no/such/model" not in flags else "tiny", *flags), *words
+    )
+
+
+TASKS_JSON = ["[", "[]", "{}", "null", '{"in_domain": "stsb"}', '{"in_domain": [1]}', "[" * 100_000]
+TASKS_JSON += ['{"in_domain": [["mrpc"]]}', '{"in_domain": ["other"]}', '{"in_domain": null}']
+
+
+@pytest.mark.parametrize("text", TASKS_JSON)
+def test_a_tasks_json_that_is_not_understood_is_one_line(folder, text, ends_with_one_line):
+    (folder / "tasks.json").write_text(text)
+    ends_with_one_line(lambda: run("lsa", "--data", folder), "tasks.json", "in_domain")
+
+
+@pytest.mark.parametrize("name", ["lsa", "tiny"])
+def test_what_is_made_of_the_demo_is_refused_with_other_data(folder, name, ends_with_one_line):
+    words = [f"{name} belongs to the demo", "corpus.jsonl"]
+    ends_with_one_line(lambda: run(name, "--data", folder), *words)
+
+
+def test_embeddings_that_are_not_a_number_are_one_line(folder, bert, ends_with_one_line):
     model = AutoModel.from_pretrained(bert)
     model.encoder.layer[2].output.LayerNorm.weight.data.fill_(float("nan"))
     model.save_pretrained(bert)
-    ends_with_one_line(
-        lambda: evaluation.main([str(bert), "--data", str(data)]), "emotion", "not a number"
-    )
+    words = ["emotion", "not a number"]
+    ends_with_one_line(lambda: run(bert, "--data", folder, "--pooling", "mean"), *words)
 
 
 def test_a_logistic_regression_that_does_not_converge_says_so_once(capsys):
@@ -396,27 +415,63 @@ def test_a_logistic_regression_that_does_not_converge_says_so_once(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-# ------------------------------------------------------------------------------------------------- the demo
+# ------------------------------------------------------------------------------ --json, whole or not
+def test_json_is_written_whole_or_not_at_all(
+    folder, bert, tmp_path, monkeypatch, ends_with_one_line
+):
+    flags = [bert, "--data", folder, "--json", tmp_path / "s.json"]
+    run(*flags)
+    before = (tmp_path / "s.json").read_bytes()
+
+    def torn(path, text, **_):
+        path.write_bytes(text.encode()[:40])
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr("pathlib.Path.write_text", torn)
+    ends_with_one_line(lambda: run(*flags, "--tasks", "mrpc"), "s.json", os.strerror(28))
+    assert (tmp_path / "s.json").read_bytes() == before
+    assert not list(tmp_path.glob("s.json.*"))
+
+
+def test_a_model_that_fails_loses_no_other_ones_scores(folder, bert, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(bert, "no/such-model", "--data", folder, "--json", tmp_path / "s.json")
+    assert list(json.loads((tmp_path / "s.json").read_text())) == [str(bert)]
+    assert f"| {bert}" in capsys.readouterr().out
+
+
+NO_SCORES = [
+    "hello",
+    "[1]",
+    "null",
+    '{"a": 1}',
+    '{"a": {}}',
+    '{"a": {"avg": 0}, "b": 1}',
+    "[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("content", NO_SCORES)
+def test_json_replaces_nothing_but_scores(folder, bert, tmp_path, content, ends_with_one_line):
+    (tmp_path / "mine.json").write_text(content)
+    flags = [bert, "--data", folder, "--json", tmp_path / "mine.json"]
+    ends_with_one_line(lambda: run(*flags), "mine.json", "--json")
+    assert (tmp_path / "mine.json").read_text() == content
+
+
+# ---------------------------------------------------------------------------------------- the demo
+NAMES = ["topics", "paraphrases", "captions", "new-topics", "new-paraphrases", "new-captions"]
 
 
 def demo(name):
-    return [json.loads(line) for line in (ROOT / "demo" / name).read_text().splitlines()]
-
-
-TASKS = ["topics", "paraphrases", "captions", "new-topics", "new-paraphrases", "new-captions"]
-
-
-def words(text):
-    return set(CountVectorizer(token_pattern=r"\w+").build_analyzer()(text))
+    """The rows of one of the demo's files."""
+    return [json.loads(line) for line in (ROOT / "demo" / name).read_text("utf-8").splitlines()]
 
 
 def texts(name):
-    return [
-        row[column]
-        for row in demo(f"{name}/test.jsonl")
-        for column in ("text", "sentence1", "sentence2")
-        if column in row
-    ]
+    """The sentences of a task's test split."""
+    columns = ("text", "sentence1", "sentence2")
+    return [row[c] for row in demo(f"{name}/test.jsonl") for c in columns if c in row]
 
 
 def test_the_demo_is_what_its_generator_writes(tmp_path):
@@ -424,26 +479,46 @@ def test_the_demo_is_what_its_generator_writes(tmp_path):
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
     generate.main(tmp_path)
-    for path in tmp_path.rglob("*.json*"):
-        assert path.read_bytes() == (ROOT / "demo" / path.relative_to(tmp_path)).read_bytes(), path
+    written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.json*")]
+    assert len(written) == 10
+    for path in written:
+        assert (tmp_path / path).read_bytes() == (ROOT / "demo" / path).read_bytes(), path
 
 
-def test_the_demo_corpus_is_distinct_and_shares_no_sentence_with_the_tasks():
+def test_the_demo_shares_words_but_no_sentence_with_its_tasks():
     corpus = [row["text"] for row in demo("corpus.jsonl")]
+    words = CountVectorizer(token_pattern=r"\w+")
+    vocabulary = set(words.fit(corpus).vocabulary_)
     assert len(corpus) == len(set(corpus)) == 6000
-    for name in TASKS:
+    for name in NAMES:
         assert not set(corpus) & set(texts(name))
+        assert set(words.fit(texts(name)).vocabulary_) <= vocabulary, name
 
 
-def test_out_of_domain_tasks_use_no_word_that_the_corpus_lacks():
-    vocabulary = set().union(*(words(row["text"]) for row in demo("corpus.jsonl")))
-    for name in TASKS:
-        assert set().union(*map(words, texts(name))) <= vocabulary, name
-
-
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_word_overlap_alone_scores_poorly(name):
     task = evaluation.load_tasks("demo", [name])[0][name]
     bag = CountVectorizer(token_pattern=r"\w+").fit(texts(name))
     score = evaluation.score(task, name, lambda t: bag.transform(t).toarray().astype(float))
     assert score < {"F1": 80, "AP": 65, "Spearman": 30}[task["kind"]]
+
+
+def test_the_three_commands_in_a_process_of_their_own_with_o_and_a_terminal_of_ascii(tmp_path):
+    """A smaller demo, as the README runs it; python -O leaves no assert, ASCII knows no dash."""
+    lines = (ROOT / "demo" / "corpus.jsonl").read_text("utf-8").splitlines()
+    chosen = random.Random(0).sample(lines, 600)
+    (tmp_path / "corpus.jsonl").write_text("\n".join(chosen), encoding="utf-8")
+    each = "import runpy, sys\nfor line in sys.argv[1:]:\n    sys.argv = line.split()\n"
+    each += "    runpy.run_path(sys.argv[0], run_name='__main__')"
+    scripts = ["cache_teacher.py --corpus corpus.jsonl", "talas.py --pooling mean"]
+    scripts += ["eval.py lsa tiny student --tasks captions --json scores.json"]
+    command = [sys.executable, "-O", "-c", each, *(f"{ROOT}/{script}" for script in scripts)]
+    environment = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    about = {"cwd": tmp_path, "env": os.environ | environment, "text": True}
+    done = subprocess.run(command, capture_output=True, **about)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "| student |" in done.stdout and " ? | " in done.stdout
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["student"]["avg"] > scores["tiny"]["avg"] + 15
+    names = {"corpus.jsonl", "teacher.pt", "student", "scores.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names

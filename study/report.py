@@ -1,0 +1,214 @@
+"""Tables and plots of results.json; no figure of the study is typed by hand.
+
+    python study/report.py                             # fills the tables in study/README.md
+    python study/report.py README.md --latex tables.tex
+    pip install matplotlib==3.11.2 && python study/report.py --plots study    # plots.py
+
+A file to be filled holds <!-- table:NAME --> ... <!-- end -->, which becomes the table of that name
+(scores-B, gains-B, sharpness-B, cost-B, bench-student-cls-cpu), or <!-- figure:PAIR/ROW/TASK -->
+... <!-- end -->, within a line, which becomes that score, or <!-- figure:A minus B -->, a gain.
+Of several seeds: the mean ± the standard deviation (of a sample, n - 1).
+"""
+
+import argparse
+import re
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from support import fail
+
+from study import plots
+from study.results import AVERAGES, NAMES, RESULTS, pairs, read_json, runs
+from study.run import ROWS
+
+CLAIMS = {  # what a gain shows: (a row, the row without it)
+    "SimCSE beside TAMD": ("ST", "T"),
+    "LASD beside SimCSE and TAMD": ("STL", "ST"),
+    "SimCSE and LASD beside TAMD": ("STL", "T"),
+    "ASAM with all three": ("STLA", "STL"),
+    "SimCSE with ASAM": ("STLA", "TLA"),
+    "LASD with ASAM": ("STLA", "STA"),
+    "ASAM, ρ 0.5 for 0.05": ("STLA-rho-0.5", "STLA"),
+    "ASAM, ρ 1 for 0.05": ("STLA-rho-1", "STLA"),
+    "ASAM, ρ 2 for 0.05": ("STLA-rho-2", "STLA"),
+    "ASAM for SAM": ("STLA", "STLA-SAM"),
+    "ASAM for DISAM": ("STLA", "STLA-DISAM"),
+    "K 2 for 1": ("STLA", "STLA-K-1"),
+    "K 2 for 3": ("STLA", "STLA-K-3"),
+    "λ3 0.1 for 1": ("STL-lambda3-0.1", "STL"),
+    "λ3 10 for 1": ("STL-lambda3-10", "STL"),
+    "A fixed guide in LASD": ("STL-detach_guide", "STL"),
+    "The released behaviour": ("STLA-released", "STLA"),
+    "The released code itself": ("released-code", "STLA"),
+}
+
+
+# -------------------------------------------------------------------------------------- the numbers
+def mean_sd(values, sign=""):
+    """Numbers as "mean ± standard deviation", of one number alone "mean"; of none "–"."""
+    if not values:
+        return "–"
+    mean = f"{statistics.fmean(values):{sign}.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def scores(results, pair, row, task="avg"):
+    """{seed: score} of a task or an average."""
+    found = runs(results, pair, row)
+    return {seed: e["scores"][task] for seed, e in found.items() if e["scores"][task] is not None}
+
+
+def gains(results, pair, row, without, task="avg"):
+    """What a row scores above another one, with each seed that both have."""
+    a, b = scores(results, pair, row, task), scores(results, pair, without, task)
+    return [a[seed] - b[seed] for seed in a if seed in b]
+
+
+def figure(results, name):
+    """One score, "PAIR/ROW/TASK", or the gain "PAIR/ROW/TASK minus PAIR/ROW/TASK", as text."""
+    parts = [part.split("/") for part in name.split(" minus ")]
+    if any(len(part) != 3 for part in parts) or not 1 <= len(parts) <= 2:
+        fail(f"no figure {name}; write PAIR/ROW/TASK, or two of them with minus between")
+    if len(parts) == 1:
+        pair, row, task = parts[0]
+        return mean_sd(list(scores(results, pair, row, task).values()))
+    (pair, row, task), (_, without, _) = parts
+    return mean_sd(gains(results, pair, row, without, task), "+")
+
+
+# --------------------------------------------------------------------------------------- the tables
+def score_table(results, pair):
+    """Every task and average of every row: a header and rows of text."""
+    there = [row for row in ROWS if runs(results, pair, row)]
+    some = next(iter(runs(results, pair, there[0]).values()))["scores"]
+    header = ["", *(AVERAGES.get(task) or NAMES.get(task, task) for task in some), "seeds"]
+    rows = []
+    for row in there:
+        cells = [mean_sd(list(scores(results, pair, row, task).values())) for task in some]
+        trained = ROWS[row] is not None
+        rows.append([row, *cells, str(len(runs(results, pair, row))) if trained else ""])
+    return header, rows
+
+
+def gain_table(results, pair):
+    """What each part of the method is worth: the gain in Avg, and on how many tasks it is one."""
+    rows = []
+    for claim, (row, without) in CLAIMS.items():
+        if found := gains(results, pair, row, without):
+            tasks = runs(results, pair, row).popitem()[1]["scores"].keys() - AVERAGES.keys()
+            each = [statistics.fmean(gains(results, pair, row, without, task)) for task in tasks]
+            better = f"{sum(gain > 0 for gain in each)} of {len(each)}"
+            rows.append([claim, f"{row} − {without}", mean_sd(found, "+"), better, str(len(found))])
+    return ["", "rows", "gain in Avg", "better on", "seeds"], rows
+
+
+def sharpness_table(results, pair):
+    """The paper's Table 4: λ_max after each epoch."""
+    found = {row: runs(results, pair, row).values() for row in ROWS}
+    found = {
+        row: [e["lambda_max"] for e in some if e.get("lambda_max")] for row, some in found.items()
+    }
+    found = {row: some for row, some in found.items() if some}
+    epochs = sorted({int(epoch) for some in found.values() for each in some for epoch in each})
+    rows = []
+    for epoch in map(str, epochs):
+        each = [[one[epoch] for one in some if epoch in one] for some in found.values()]
+        rows.append([epoch, *map(mean_sd, each)])
+    return ["epoch", *found], rows
+
+
+def cost_table(results, pair):
+    """The paper's Table 3: time and memory; memory only where an accelerator counted it."""
+    names = {
+        "ms_per_step": "ms/step",
+        "mean_mb": "mean MB",
+        "peak_mb": "peak MB",
+        "std_mb": "std MB",
+    }
+    rows = []
+    for row in ROWS:
+        costs = [entry["cost"] for entry in runs(results, pair, row).values() if "cost" in entry]
+        if costs:
+            rows.append([row, *(mean_sd([c[key] for c in costs if c.get(key)]) for key in names)])
+    return ["", *names.values()], rows
+
+
+def bench_table(entry):
+    """The rows of bench.py."""
+    rows = []
+    for row in entry["rows"].values():
+        ms = " / ".join(f"{value:.0f}" for value in row["ms"] or [])
+        rows.append([row["label"], f"{row['ratio']:.2f}", row["target"], ms])
+    return ["", "ratio", "target", "ms"], rows
+
+
+def tables(results):
+    """{name: (header, rows)} of all that there are results for."""
+    found = {}
+    for pair in pairs(results):
+        makers = {"scores": score_table, "gains": gain_table, "cost": cost_table}
+        makers |= {"sharpness": sharpness_table}
+        found |= {f"{kind}-{pair}": make(results, pair) for kind, make in makers.items()}
+    benches = {key: e for key, e in results.items() if key.startswith("bench/")}
+    found |= {key.replace("/", "-"): bench_table(entry) for key, entry in benches.items()}
+    return {name: table for name, table in found.items() if table[1]}
+
+
+def markdown(header, rows):
+    """A table in Markdown."""
+    align = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, align, *rows])
+
+
+def latex(header, rows):
+    """A table in LaTeX, for booktabs."""
+    signs = {"_": r"\_", "%": r"\%", "±": r"$\pm$", "−": "$-$", "≤": r"$\le$", "≥": r"$\ge$"}
+    signs |= {"λ": r"$\lambda$", "ρ": r"$\rho$", "–": "--"}
+    lines = [" & ".join(cells) + r" \\" for cells in [header, *rows]]
+    text = "\n".join([lines[0], r"\midrule", *lines[1:]]).translate(str.maketrans(signs))
+    columns = "l" + "r" * (len(header) - 1)
+    return f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{text}\n\\bottomrule\n\\end{{tabular}}\n"
+
+
+def fill(text, results):
+    """A text with its marked tables and figures replaced by those of the results."""
+    made = tables(results)
+
+    def replace(found):
+        kind, name = found["kind"], found["name"]
+        if kind == "figure":
+            inside = figure(results, name)
+        elif name in made:
+            inside = f"\n{markdown(*made[name])}\n"
+        else:
+            fail(f"no results for the table {name}; there are: {', '.join(made) or 'none'}")
+        return f"<!-- {kind}:{name} -->{inside}<!-- end -->"
+
+    marks = r"<!-- (?P<kind>table|figure):(?P<name>.+?) -->.*?<!-- end -->"
+    return re.sub(marks, replace, text, flags=re.DOTALL)
+
+
+def main(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    flag = parser.add_argument
+    flag("files", nargs="*", type=Path, help="Markdown files to fill; else study/README.md")
+    flag("--latex", type=Path, help="write every table to this file, for LaTeX")
+    flag("--plots", type=Path, help="write the plots to this folder")
+    flag("--results", default=RESULTS, help="what run.py and bench.py wrote")
+    args = parser.parse_args(argv)
+    results = read_json(args.results)
+    for path in args.files or [RESULTS.parent / "README.md"]:
+        path.write_text(fill(path.read_text("utf-8"), results), "utf-8")
+    if args.latex:
+        made = tables(results)
+        args.latex.write_text("\n".join(f"% {n}\n{latex(*made[n])}" for n in made), "utf-8")
+    if args.plots:
+        plots.draw_all(results, args.plots)
+
+
+if __name__ == "__main__":
+    main()

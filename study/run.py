@@ -1,0 +1,219 @@
+"""The runs of the study: distil pairs with rows of the paper's tables, score them, keep everything.
+
+    python study/run.py --pairs qwen3-0.6b --rows T STL STLA --seeds 42 43 44
+    python study/run.py --pairs B --rows all --models real --embeddings mpnet.npy \
+        --corpus corpus.jsonl --data DIR
+
+A run that is in results.json is not run again; one that was interrupted goes on from its last whole
+epoch. Start the same command twice, and two runs go on at a time. Flags that are not listed go to
+talas.py (--epochs 1, --sharpness). Without a network there are the pairs A and B: the embeddings of
+all-mpnet-base-v2, an array, into students of 6 and of 3 layers.
+"""
+
+import argparse
+import shutil
+import sys
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from support import fail, one_line
+from support.encoder import forward, save_encoder
+from support.run import Checkpoint
+
+import torch
+from filelock import FileLock, Timeout
+
+import cache_teacher
+import eval as evaluation
+import talas
+from study import released
+from study.results import RESULTS, describe, portable, read_json, record
+
+H384, H768 = (f"nreimers/MiniLMv2-L6-{size}-distilled-from-BERT-Base" for size in ("H384", "H768"))
+PAIRS = {  # teacher and student: Hub ids; of A and B, folders in --models
+    "qwen3-0.6b": ("Qwen/Qwen3-Embedding-0.6B", H384),
+    "bge-m3": ("BAAI/bge-m3", H768),
+    "qwen3-4b": ("Qwen/Qwen3-Embedding-4B", "google-bert/bert-base-uncased"),
+    "A": ("mpnet", "student6-cls"),
+    "B": ("mpnet", "student-cls"),
+}
+LOCAL = ("A", "B")
+ROWS = {  # the flags of talas.py; None: nothing is trained
+    "teacher": None,
+    "before": None,
+    "S": "--lambda2 0 --lambda3 0 --optimizer adamw",
+    "T": "--lambda1 0 --lambda3 0 --optimizer adamw",
+    "ST": "--lambda3 0 --optimizer adamw",
+    "STL": "--optimizer adamw",
+    "TLA": "--lambda1 0",
+    "STA": "--lambda3 0",
+    "STLA": "",
+    "STLA-rho-0.5": "--rho 0.5",
+    "STLA-rho-1": "--rho 1",
+    "STLA-rho-2": "--rho 2",
+    "STLA-SAM": "--optimizer sam",
+    "STLA-DISAM": "--optimizer disam",
+    "STLA-K-1": "--anchored_layers 1",
+    "STLA-K-3": "--anchored_layers 3",
+    "STL-lambda3-0.1": "--optimizer adamw --lambda3 0.1",
+    "STL-lambda3-10": "--optimizer adamw --lambda3 10",
+    "STL-detach_guide": "--optimizer adamw --detach_guide",
+    "STLA-released": "",  # with released_behaviour()
+    "released-code": "",  # the authors' own, from --released
+}
+
+
+# ------------------------------------------------------------------- what is changed for the study
+@contextmanager
+def released_behaviour():
+    """LASD from the embedding layer on (l = 0), and new dropout masks in the second pass.
+
+    In these the released code differs from Eqs. 2 and 5 as talas.py reads them.
+    """
+
+    def with_layer_0(model, batch):
+        return forward(model, batch, output_hidden_states=True).hidden_states
+
+    def fork_rng(devices):
+        return nullcontext()
+
+    layers = mock.patch.object(talas, "hidden_states", with_layer_0)
+    with layers, mock.patch.object(torch.random, "fork_rng", fork_rng):
+        yield
+
+
+@contextmanager
+def epochs_kept(folder):
+    """Keep the student after each epoch, too: folder/1, folder/2, ..."""
+    save = Checkpoint.save
+
+    def keep(self, epoch):
+        if epoch:
+            save_encoder(folder / str(epoch), self.parts["weights"].student)
+        return save(self, epoch)
+
+    with mock.patch.object(Checkpoint, "save", keep):
+        yield
+
+
+# --------------------------------------------------------------------------------------- the runs
+def models_of(args, pair):
+    """(teacher, student): Hub ids or paths."""
+    return [str(args.models / name) if pair in LOCAL else name for name in PAIRS[pair]]
+
+
+def make_cache(args, pair, path):
+    """Run the pair's teacher, unless its cache is there; of A and B, take the array if given."""
+    teacher, _ = models_of(args, pair)
+    teacher = args.embeddings if pair in LOCAL and args.embeddings else teacher
+    dtype = "bfloat16" if pair == "qwen3-4b" else "float32"
+    about = ["--corpus", args.corpus, "--dtype", dtype, "--device", args.device]
+    with FileLock(f"{path}.waiting"):
+        cache_teacher.main(["--teacher", teacher, "--output", path, *about])
+
+
+def train(args, pair, row, flags, s):
+    """Train one row as s, unless its output holds just that; an interrupted training goes on."""
+    out = Path(s.output)
+    if portable(read_json(out / "talas.json").get("settings", {})) == portable(asdict(s)):
+        return
+    make_cache(args, pair, s.teacher)
+    if row == "released-code":
+        return released.train(args.released, s)
+    with ExitStack() as changes:
+        if row == "STLA-released":
+            changes.enter_context(released_behaviour())
+        if args.each_epoch:
+            changes.enter_context(epochs_kept(out / "epochs"))
+        there = (out / "checkpoint.pt").exists()
+        talas.main([*flags, "--resume" if there else "--overwrite"])
+
+
+def score(args, out, *models):
+    """[{task: score}] of eval.py, for each of the models."""
+    file = str(out / "scores.json")
+    evaluation.main([*models, "--data", args.data, "--json", file, "--device", args.device])
+    return [read_json(file)[model] for model in models]
+
+
+def run(args, pair, row, seed):
+    """One run, from the teacher to its entry in results.json, unless that has it already."""
+    trained, (teacher, student) = ROWS[row] is not None, models_of(args, pair)
+    key = f"{pair}/{row}/{seed}" if trained else f"{pair}/{row}"
+    out, cache = args.work / f"{pair}-{row}-{seed}", f"{PAIRS[pair][0].replace('/', '-')}.pt"
+    flags = ["--teacher", str(args.work / cache), "--student", student, "--output", str(out)]
+    flags += ["--seed", str(seed), "--device", args.device, *(ROWS[row] or "").split(), *args.flags]
+    s, data = talas.parse_settings(flags), Path(args.data).name
+    settings = portable(asdict(s)) if trained else None
+    entry = {"pair": pair, "row": row, "seed": seed, "data": data, "settings": settings}
+    old = read_json(args.results).get(key)
+    if old and any(old[name] != entry[name] for name in ("data", "settings")):
+        fail(f"{args.results} has {key} with other settings or data; take another file --results")
+    if old:
+        return print("done already")
+    out.mkdir(exist_ok=True)
+    if trained:
+        train(args, pair, row, flags, s)
+        entry |= describe(out)
+    model = {"teacher": teacher, "before": student}.get(row, str(out))
+    epochs = sorted((out / "epochs").glob("*"), key=lambda path: int(path.name))[:-1]
+    entry["scores"], *earlier = score(args, out, model, *map(str, epochs))
+    if earlier:
+        averages = [scores["avg"] for scores in [*earlier, entry["scores"]]]
+        entry["epochs"] = {str(epoch): avg for epoch, avg in enumerate(averages, 1)}
+    record(args.results, key, entry)
+    shutil.rmtree(out / "epochs", ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------ command line
+def parse_args(argv):
+    """The command line; what is not listed goes to talas.py."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    flag, parser.error = parser.add_argument, fail
+    flag("--pairs", nargs="+", default=list(PAIRS)[:3], choices=PAIRS, help="pairs of models")
+    flag("--rows", nargs="+", default=["STLA"], choices=["all", *ROWS], help="rows of the tables")
+    flag("--seeds", nargs="+", type=int, default=[42], help="a run each")
+    flag("--models", type=Path, default=Path("real"), help="folder of the models of A and B")
+    flag("--embeddings", help="array of the embeddings of A's and B's teacher")
+    flag("--corpus", default="paper", help="as cache_teacher.py has it")
+    flag("--data", default="hub", help="as eval.py has it")
+    flag("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
+    flag("--each_epoch", action="store_true", help="score the student of every epoch, too")
+    flag("--released", help="a clone of the released code, for the row released-code")
+    flag("--work", type=Path, default=RESULTS.parent / "runs", help="for caches and students")
+    flag("--results", default=RESULTS, help="the file for the scores")
+    args, args.flags = parser.parse_known_args(argv)
+    if "all" in args.rows:
+        args.rows = [row for row in ROWS if row != "released-code" or args.released]
+    if "released-code" in args.rows and not args.released:
+        fail("--rows released-code needs a clone of that code, --released DIR")
+    return args
+
+
+@one_line
+def main(argv=None):
+    """The command line: each run in its turn, those of the first seed first."""
+    args = parse_args(argv)
+    args.work.mkdir(parents=True, exist_ok=True)
+    (args.work / ".gitignore").write_text("*\n")
+    for seed, pair, row in product(args.seeds, args.pairs, args.rows):
+        if ROWS[row] is None and seed != args.seeds[0]:
+            continue
+        print(f"--- {pair}, {row}, seed {seed}", flush=True)
+        if row == "teacher" and pair in LOCAL and not Path(models_of(args, pair)[0]).exists():
+            print(f"left out: there is no {models_of(args, pair)[0]}")
+            continue
+        try:
+            with FileLock(args.work / f"{pair}-{row}-{seed}.running", timeout=0):
+                run(args, pair, row, seed)
+        except Timeout:
+            print("another process is at it")
+
+
+if __name__ == "__main__":
+    main()
