@@ -129,6 +129,8 @@ def load_cache(path, needed=True):
         if not Path(path).exists():
             fail(f"no teacher cache at {path}; make one: python cache_teacher.py --output {path}")
         cache = load(path)
+        if not isinstance(cache, dict):
+            raise ValueError(f"it holds a {type(cache).__name__}, not a dict")
         sentences, sources, embeddings = (cache[key] for key in KEYS[:3])
         if missing := [key for key in KEYS if key not in cache]:
             fail(f"{path} is no teacher cache: it has no {missing[0]}")

@@ -120,7 +120,7 @@ def load_tasks(data, names):
 
 def check_rows(name, split, rows):
     """The kind of task that these rows are of; ends the program if they are not just one."""
-    there = rows[0].keys() if rows else ()
+    there = rows[0].keys() if rows else {}.keys()
     fitting = [kind for kind, columns in KINDS.items() if columns.keys() <= there]
     if len(fitting) != 1:
         known = " or ".join(",".join(columns) for columns in KINDS.values())

@@ -182,6 +182,8 @@ def examine(name, model, tokenizer):
             batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             outputs.append(forward(model, batch).last_hidden_state)
         layers = hidden_states(model, batch)
+        if not outputs[-1].isfinite().all():
+            raise ValueError("its output is not a number")
         if not torch.equal(layers[-1], outputs[-1]):
             raise ValueError("its output is not its last layer")
         more = {name: F.pad(t, (0, 4)) for name, t in batch.items()}  # ids 0 with mask 0

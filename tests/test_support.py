@@ -9,6 +9,7 @@ from support import run as runs
 from support.encoder import encode, pad, save_encoder, tokenize
 from support.loading import load_encoder
 
+import ast
 import io
 import json
 import os
@@ -835,6 +836,15 @@ def test_ctrl_c_during_the_imports_is_one_line(script, library, tmp_path):
     command = [sys.executable, ROOT / f"{script}.py"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: interrupted\n")
+
+
+def test_nothing_hangs_on_an_assert():
+    """python -O leaves them out."""
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("demo/*.py")]
+    assert len(paths) >= 11
+    for path in paths:
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        assert not any(isinstance(node, ast.Assert) for node in nodes), path
 
 
 def test_a_single_variable_of_torchrun_is_nothing(tmp_path, cache, monkeypatch):

@@ -241,6 +241,7 @@ def steps(monkeypatch):
                 "batch": [ids[m.bool()] for ids, m in zip(*tokens.values())],
                 "teacher": teacher,
                 "domains": domains.tolist(),
+                "random": torch.get_rng_state().numpy().tobytes(),
             }
         )
         return step(objective, asam, tokens, teacher, domains, s)
@@ -321,6 +322,15 @@ def test_algorithm1_both_passes_draw_the_same_dropout_masks(bert):
     values = [talas.training_step(objective, asam, *batch, s) for _ in range(2)]
     assert [step[-1].item() for step in values] == [0.0, 0.0]
     assert values[0][0] != values[1][0]  # lr is 0 in the first step of the warm-up: the same w
+
+
+def test_algorithm1_dropout_has_a_stream_of_its_own_for_each_seed_and_epoch(
+    tmp_path, bert, cache, steps
+):
+    for seed in (1, 2):
+        flags = f"--epochs 2 --batch_size 48 --seed {seed} --output"
+        run("--student", bert, "--teacher", cache, flags, tmp_path / f"{seed}")
+    assert len({step["random"] for step in steps}) == len(steps) == 4
 
 
 def test_algorithm1_with_rho_0_is_adamw_bit_for_bit(tmp_path, bert, cache):
@@ -539,7 +549,9 @@ def stopped_by_ctrl_c():
 
     def stop(*args):
         steps.append(0)
-        return signal.raise_signal(signal.SIGINT) if len(steps) == 5 else step(*args)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return step(*args)
 
     talas.training_step = stop
 
