@@ -131,6 +131,8 @@ def train(args, pair, row, flags, s):
         if args.each_epoch:
             changes.enter_context(epochs_kept(out / "epochs"))
         there = (out / "checkpoint.pt").exists()
+        if not there:
+            shutil.rmtree(out / "epochs", ignore_errors=True)
         talas.main([*flags, "--resume" if there else "--overwrite"])
 
 
@@ -175,9 +177,10 @@ def parse_args(argv):
     """The command line; what is not listed goes to talas.py."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     flag, parser.error = parser.add_argument, fail
-    flag("--pairs", nargs="+", default=list(PAIRS)[:3], choices=PAIRS, help="pairs of models")
-    flag("--rows", nargs="+", default=["STLA"], choices=["all", *ROWS], help="rows of the tables")
-    flag("--seeds", nargs="+", type=int, default=[42], help="a run each")
+    many, rows = {"nargs": "+", "metavar": "X"}, ["all", *ROWS]
+    flag("--pairs", **many, default=list(PAIRS)[:3], choices=PAIRS, help=", ".join(PAIRS))
+    flag("--rows", **many, default=["STLA"], choices=rows, help=", ".join(rows))
+    flag("--seeds", **many, type=int, default=[42], help="a run each")
     flag("--models", type=Path, default=Path("real"), help="folder of the models of A and B")
     flag("--embeddings", help="array of the embeddings of A's and B's teacher")
     flag("--corpus", default="paper", help="as cache_teacher.py has it")

@@ -159,7 +159,7 @@ def check_output(s):
     if s.resume and not interrupted:
         fail(f"{out} has no checkpoint to resume: it is {'a finished' if finished else 'no'} run")
     if interrupted and not (s.resume or s.overwrite):
-        fail(f"{out} holds an interrupted run; --resume it, or choose another --output")
+        fail(f"{out} holds an interrupted run; --resume it, --overwrite it, or change --output")
     if not (empty or s.resume or (s.overwrite and out.is_dir())):
         fail(f"{out} exists; choose another --output, or --overwrite it")
 

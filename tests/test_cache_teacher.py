@@ -362,7 +362,6 @@ ARRAYS = {  # name: (its content, words of the answer, more flags)
     "half.npy": (1e5 + R, ["too large", "--dtype float32"], ["--dtype", "float16"]),
     "tiny.npy": (1e-10 * R, ["zero", "--dtype float32"], ["--dtype", "float16"]),
     "sparse.pt": (T.to_sparse(), [PLAIN], []),
-    "csr.pt": (T.to_sparse_csr(), [PLAIN], []),
     "int.pt": (T.long(), [PLAIN], []),
     "meta.pt": (T.to("meta"), [PLAIN], []),
     "list.pt": ([T], ["list", PLAIN], []),
@@ -373,7 +372,6 @@ ARRAYS = {  # name: (its content, words of the answer, more flags)
 }
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR")
 @pytest.mark.parametrize("name", ARRAYS)
 def test_an_array_that_cannot_be_used_is_one_line(name, tmp_path, corpus, ends_with_one_line):
     content, words, flags = ARRAYS[name]
@@ -418,6 +416,11 @@ def replaced(**parts):
     return lambda cache, path: torch.save(cache | parts, path)
 
 
+def renamed(sentences):
+    """A way to spoil a cache: other sentences, with a fingerprint that fits."""
+    return replaced(sentences=sentences, fingerprint=cache_teacher.fingerprint(sentences))
+
+
 TORN = {  # how a cache is spoilt, and words of the answer
     "torn": (lambda cache, path: path.write_bytes(path.read_bytes()[:900]), ["cannot read"]),
     "text": (lambda cache, path: path.write_text("hello"), ["cannot read"]),
@@ -440,6 +443,10 @@ TORN = {  # how a cache is spoilt, and words of the answer
     "swapped": (replaced(sentences=SENTENCES[::-1]), ["fingerprint"]),
     "numbers": (replaced(sources=[1] * 48), ["text"]),
     "no list": (replaced(sentences=3), ["teacher cache"]),
+    "repeated": (renamed([*SENTENCES[:-1], SENTENCES[0]]), ["blank or repeated"]),
+    "blank": (renamed([*SENTENCES[:-1], " "]), ["blank or repeated"]),
+    "half a character": (renamed([*SENTENCES[:-1], "\ud800"]), ["surrogates"]),
+    "no name": (replaced(teacher=torch.ones(3)), ["text"]),
 }
 
 

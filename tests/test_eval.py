@@ -403,7 +403,7 @@ def test_embeddings_that_are_not_a_number_are_one_line(
     model = AutoModel.from_pretrained(bert)
     model.encoder.layer[2].output.LayerNorm.weight.data.fill_(float("nan"))
     model.save_pretrained(bert)
-    ends_with_one_line(lambda: run(bert, "--data", folder), str(bert), "not finite")
+    ends_with_one_line(lambda: run(bert, "--data", folder), str(bert), "not a number")
     monkeypatch.setattr(evaluation, "load_encoder", lambda *_, **__: None)
     monkeypatch.setattr(evaluation, "tokenize", lambda encoder, texts: texts)
     nans = torch.full((1, 3), torch.nan)
@@ -502,12 +502,12 @@ def test_word_overlap_alone_scores_poorly(name):
 def test_the_three_commands_in_a_process_of_their_own_with_a_terminal_of_ascii(tmp_path):
     """A smaller demo, run as scripts are; ASCII knows no dash."""
     lines = (ROOT / "demo" / "corpus.jsonl").read_text("utf-8").splitlines()
-    chosen = random.Random(0).sample(lines, 800)
+    chosen = random.Random(0).sample(lines, 500)
     (tmp_path / "corpus.jsonl").write_text("\n".join(chosen), encoding="utf-8")
     each = "import runpy, sys\nfor line in sys.argv[1:]:\n    sys.argv = line.split()\n"
     each += "    runpy.run_path(sys.argv[0], run_name='__main__')"
     scripts = ["cache_teacher.py --corpus corpus.jsonl", "talas.py --pooling mean --epochs 2"]
-    scripts += ["eval.py lsa tiny student --tasks captions --json scores.json"]
+    scripts += ["eval.py lsa student --tasks captions --json scores.json"]
     command = [sys.executable, "-c", each, *(f"{ROOT}/{script}" for script in scripts)]
     environment = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     about = {"cwd": tmp_path, "env": os.environ | environment, "text": True}
@@ -515,6 +515,6 @@ def test_the_three_commands_in_a_process_of_their_own_with_a_terminal_of_ascii(t
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert "| student |" in done.stdout and " ? | " in done.stdout
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert scores["student"]["avg"] > scores["tiny"]["avg"] + 15
+    assert scores["student"]["avg"] > 20  # untrained: 10
     names = {"corpus.jsonl", "teacher.pt", "student", "scores.json"}
     assert {path.name for path in tmp_path.iterdir()} == names

@@ -80,7 +80,7 @@ def test_rows_are_run_once_and_recorded_with_their_settings(pair_b, trained, tmp
 
 
 def test_an_interrupted_run_goes_on_from_its_last_epoch(pair_b, trained, tmp_path, monkeypatch):
-    run.main([*pair_b, "--rows", "STL"])
+    run.main([*pair_b, "--rows", "STL", "--each_epoch"])
     whole = json.loads((tmp_path / "results.json").read_text())["B/STL/42"]
     shutil.rmtree(tmp_path / "runs")
     (tmp_path / "results.json").unlink()
@@ -94,11 +94,12 @@ def test_an_interrupted_run_goes_on_from_its_last_epoch(pair_b, trained, tmp_pat
 
     monkeypatch.setattr(talas, "training_step", interrupted)
     with pytest.raises(SystemExit):
-        run.main([*pair_b, "--rows", "STL"])
-    run.main([*pair_b, "--rows", "STL"])
+        run.main([*pair_b, "--rows", "STL", "--each_epoch"])
+    run.main([*pair_b, "--rows", "STL", "--each_epoch"])
     assert trained[-1][-1] == "--resume" and len(count) == 5 + 3
     again = json.loads((tmp_path / "results.json").read_text())["B/STL/42"]
     assert again["scores"] == whole["scores"] and again["settings"] == whole["settings"]
+    assert again["epochs"] == whole["epochs"] and list(whole["epochs"]) == ["1", "2"]
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(pair_b, trained, tmp_path, capsys):
