@@ -12,7 +12,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache as once
 from functools import partial
 from pathlib import Path
@@ -419,6 +421,24 @@ def test_tiny_brings_its_own_defaults_and_the_command_line_wins(capsys):
     assert talas.parse_settings(["--student", "somewhere"]) == Settings(student="somewhere")
 
 
+def test_tiny_takes_the_settings_that_a_loaded_student_takes():
+    s = Settings(student="tiny", pooling="mean", max_length=9, seed=1)
+    student, other = (talas.load_student(replace(s, seed=seed), SENTENCES) for seed in (1, 2))
+    assert (student.pooling, student.max_length) == ("mean", 9)
+    assert student.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+    assert not torch.equal(*(e.model.get_input_embeddings().weight for e in (student, other)))
+
+
+def test_the_projections_start_small(bert):
+    """The cosine of Eq. 3 does not see the length of W_l, which only slows its turning."""
+    s = Settings(anchored_layers=3)
+    objective, _, _ = talas.set_up(s, load_encoder(str(bert)), 1000, steps=10)
+    assert [tuple(W.shape) for W in objective.projections] == [(32, 1000)] * 3
+    for W in objective.projections:
+        assert W.std().item() == pytest.approx(1e-3, rel=0.05)
+        assert W.mean().item() == pytest.approx(0, abs=1e-4)
+
+
 # --------------------------------------------------------------------------- what a run leaves
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
 def test_a_run_leaves_the_student_its_projections_and_its_record(
@@ -429,7 +449,9 @@ def test_a_run_leaves_the_student_its_projections_and_its_record(
         talas, "save_student", lambda *what: (kept.append(deepcopy(what[1])), save(*what))
     )
     flags = f"--pooling {pooling} --max_length 12 --epochs 1 --batch_size 16 --lr 1e-3"
+    start = time.perf_counter()
     run("--student", bert, "--teacher", cache, "--output", out, flags)
+    milliseconds = 1000 * (time.perf_counter() - start)
     model, tokenizer = AutoModel.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
     torch.testing.assert_close(model.state_dict(), kept[0].model.state_dict(), rtol=0, atol=0)
     assert model.dtype == torch.float32
@@ -448,6 +470,8 @@ def test_a_run_leaves_the_student_its_projections_and_its_record(
     (step,), (epoch,) = metrics(out)
     assert step.keys() == {"step", "epoch", *METRICS, "lr", "ms_per_step", "memory_mb"}
     assert (step["step"], step["epoch"]) == (3, 1)
+    assert 1 < 3 * step["ms_per_step"] < milliseconds
+    assert (step["memory_mb"] > 50) == Path("/proc/self/statm").exists()
     assert epoch == {"end_of_epoch": 1, "step": 3, "lambda_max": None}
     left = {path.name for path in out.iterdir()} - {path.name for path in bert.iterdir()}
     assert left == {
@@ -472,6 +496,17 @@ def test_table2_a_term_of_weight_0_is_left_out_of_the_run(
     assert len(torch.load(tmp_path / "out" / "projections.pt")) == 2 * weights[1]
     record = json.loads((tmp_path / "out" / "talas.json").read_text())
     assert record["teacher"] == ("random" if weights[1] else None)
+
+
+def test_table3_time_and_memory_by_hand(tmp_path):
+    """The median time without the first tenth; mean, peak and standard deviation of memory."""
+    times, sizes = [900, 1, 2, 3, 4, 5, 6, 7, 8, 100], [10, 30, 10, 10, 20, 20, 20, 20, 30, 30]
+    lines = [{"step": 1, "ms_per_step": ms, "memory_mb": mb} for ms, mb in zip(times, sizes)]
+    lines.insert(5, {"step": 1, "end_of_epoch": 1, "lambda_max": 0.5})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    deviation = math.sqrt((3 * 10**2 + 3 * 10**2) / 10)
+    expected = {"ms_per_step": 5, "mean_mb": 20, "peak_mb": 30, "std_mb": deviation}
+    assert runs.cost(tmp_path) == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------------------- Table 4, in a run
