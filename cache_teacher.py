@@ -131,9 +131,9 @@ def load_cache(path, needed=True):
         cache = load(path)
         if not isinstance(cache, dict):
             raise ValueError(f"it holds a {type(cache).__name__}, not a dict")
-        sentences, sources, embeddings = (cache[key] for key in KEYS[:3])
         if missing := [key for key in KEYS if key not in cache]:
             fail(f"{path} is no teacher cache: it has no {missing[0]}")
+        sentences, sources, embeddings = (cache[key] for key in KEYS[:3])
         if cache["version"] != VERSION:
             fail(f"{path} has format {cache['version']}, this code reads {VERSION}; make it anew")
         if embeddings.dtype not in (torch.float32, torch.float16) or embeddings.ndim != 2:
@@ -150,7 +150,7 @@ def load_cache(path, needed=True):
             fail(f"{path}: the sentences are not those that were embedded (fingerprint)")
         if not usable(embeddings).all():
             fail(f"{path}: some embeddings are zero or not finite")
-        return cache | {"embeddings": embeddings.detach()}
+        return cache | {"embeddings": embeddings.detach() if needed else None}
 
 
 # ------------------------------------------------------------------------------------ command line

@@ -40,14 +40,10 @@ KINDS = {  # the metric of each kind of task, which is read off its columns
 
 # -------------------------------------------------------------------------------------- the scores
 def cosine(a, b):
-    """Cosine similarity of matching rows: two (n, d) -> (n,); 0 where a vector is zero.
-
-    NaN, all of them, if they are the same up to rounding: they rank nothing.
-    """
+    """Cosine similarity of matching rows: two (n, d) -> (n,); 0 where a vector is zero."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    cosines = (a * b).sum(1) / np.where(norms > 0, norms, 1.0)
-    return cosines if np.ptp(cosines) > 1e-6 else np.full(len(cosines), math.nan)
+    return (a * b).sum(1) / np.where(norms > 0, norms, 1.0)
 
 
 def macro_f1(train, train_labels, test, test_labels, name="task", iterations=1000):
@@ -62,9 +58,7 @@ def macro_f1(train, train_labels, test, test_labels, name="task", iterations=100
 
 def average_precision(a, b, labels):
     """Average precision, in percent, of the cosine between two (n, d) as the score of label 1."""
-    cosines = cosine(a, b)
-    usable = np.isfinite(cosines).all()
-    return 100 * average_precision_score(labels, cosines) if usable else math.nan
+    return 100 * average_precision_score(labels, cosine(a, b))
 
 
 def spearman(a, b, scores):
@@ -82,6 +76,8 @@ def score(task, name, vectors):
         train, test = vectors(column("train", "text")), vectors(column("test", "text"))
         return macro_f1(train, column("train", "label"), test, column("test", "label"), name)
     a, b = vectors(column("test", "sentence1")), vectors(column("test", "sentence2"))
+    if np.ptp(cosine(a, b)) <= 1e-6:  # all the same up to rounding: they rank nothing
+        return math.nan
     if task["kind"] == "AP":
         return average_precision(a, b, column("test", "label"))
     return spearman(a, b, column("test", "score"))
@@ -166,7 +162,8 @@ def load_model(name, args):
     if name in ("lsa", "tiny"):  # both are made of the corpus beside the tasks
         if not corpus.exists():
             fail(f"{name} belongs to the demo; with --data {args.data} it needs a {corpus}")
-        sentences = list(dict.fromkeys(read_corpus(str(corpus))[0]))
+        texts = (text.strip() for text in read_corpus(str(corpus))[0])
+        sentences = list(dict.fromkeys(filter(None, texts)))  # as cache_teacher.py has them
     if name == "lsa":
         lsa = fit_lsa(sentences)
         return lambda texts, label: lsa.transform(texts)

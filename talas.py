@@ -117,9 +117,9 @@ def embed(student, tokens, s, views=1):
     """
     model, pooled = student.model, []
     order, pieces = pieces_of_like_length({k: t.repeat(views, 1) for k, t in tokens.items()})
-    lower = s.precision == "bfloat16" and model.training
+    in_bfloat16 = s.precision == "bfloat16" and model.training
     for piece in pieces:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=lower):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=in_bfloat16):
             hidden = hidden_states(model, piece)  # L of (n, T, d_S)
         mask = piece["attention_mask"]
         pooled.append([pool(h.to(model.dtype), mask, student.pooling) for h in hidden])
@@ -202,14 +202,14 @@ class ASAM:
             return
         self.w |= {p: torch.empty_like(p) for p in w if p not in self.w}
         torch._foreach_copy_([self.w[p] for p in w], w)
-        # T, Tg: lists, a tensor a parameter; _foreach_ does the same to each, in a few passes
-        T = [p.abs().add_(self.eta) if self.adaptive else torch.ones_like(p) for p in w]  # |w| + η
-        Tg = [p.grad for p in w]
-        torch._foreach_mul_(Tg, T)  # T_w ∇L(w), in the gradient's own memory
-        norm = torch.stack(torch._foreach_norm(Tg)).norm()  # over all parameters together
-        scale = self.rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # a zero gradient: no step
-        torch._foreach_mul_(Tg, scale)
-        torch._foreach_addcmul_(w, T, Tg)  # w̃ = w + ε̂, with ε̂ = T_w · ρ T_w ∇L(w) / ‖T_w ∇L(w)‖₂
+        # T, Tg: lists, a tensor a parameter; torch._foreach_... does the same to each of a list
+        T = torch._foreach_abs(w) if self.adaptive else [torch.ones_like(p) for p in w]
+        if self.adaptive:
+            torch._foreach_add_(T, self.eta)  # T_w = |w| + η
+        Tg = [p.grad.mul_(t) for p, t in zip(w, T)]  # T_w ∇L(w), in the gradient's own memory
+        norm = torch.nn.utils.get_total_norm(Tg)  # ‖T_w ∇L(w)‖₂, over all parameters together
+        torch._foreach_mul_(T, self.rho / norm.clamp(min=1e-30))  # a zero gradient: no step
+        torch._foreach_addcmul_(w, T, Tg)  # w̃ = w + ε̂, with ε̂ = ρ T_w / ‖T_w ∇L(w)‖₂ · T_w ∇L(w)
         self.optimizer.zero_grad()
 
     @torch.no_grad()
@@ -229,13 +229,13 @@ class ASAM:
 # ------------------------------------------------------------------------------------- Algorithm 1
 def training_step(objective, asam, tokens, teacher, domains, s):
     """One step of Algorithm 1: w moves. Returns the values that METRICS names, (5,)."""
-    generators = [] if domains.device.type == "cpu" else [domains.device]
+    devices = [] if domains.device.type == "cpu" else [domains.device]
     if s.optimizer == "adamw":  # no ascent step: w̃ = w
         loss, terms = objective(tokens, teacher)
         perturbed_loss = loss
     else:  # 1. Ascent step
         # afterwards the random state is what it was: the second pass draws the same dropout masks
-        with torch.random.fork_rng(generators):
+        with torch.random.fork_rng(devices):
             if s.optimizer == "disam":
                 losses, terms = objective(tokens, teacher, reduction="none")  # (N,)
                 loss = losses.mean()
@@ -254,12 +254,12 @@ def training_step(objective, asam, tokens, teacher, domains, s):
 def batches(n, s, epoch):
     """The batches B of an epoch, positions (N,) each; of each process its own.
 
-    The last ones, if incomplete, are left out: Eqs. 5 and 6 compare the sentences of a batch.
+    An incomplete one is left out: it would have fewer negatives in Eq. 6.
     """
     generator = torch.Generator().manual_seed(runs.seed_of(s.seed, epoch, "order"))
     order = torch.randperm(n, generator=generator)
-    steps = n // (s.batch_size * runs.processes())
-    return order.split(s.batch_size)[runs.rank() :: runs.processes()][:steps]
+    complete = order[: n - n % s.batch_size].split(s.batch_size)
+    return runs.share(complete)
 
 
 def set_up(s, student, d_T, steps):
@@ -288,7 +288,8 @@ def train(s, corpus, student):
     parallel = runs.data_parallel(objective)
     for epoch in range(first_epoch, s.epochs):
         student.model.train()
-        torch.manual_seed(runs.seed_of(s.seed, epoch, runs.rank(), "dropout"))
+        runs.seed_dropout(s.seed, epoch)
+        log.begin()
         for rows in batches(len(corpus), s, epoch):
             tokens, teacher, domains = corpus.batch(rows)  # B, and E^T from the cache
             values = training_step(parallel, asam, tokens, teacher, domains, s)
@@ -313,8 +314,10 @@ def largest_hessian_eigenvalue(loss_fn, parameters, iterations=40, seed=0):
         total = [torch.zeros_like(p) for p in parameters]
         for loss in losses:  # one graph at a time: that of a second derivative is large
             g = torch.autograd.grad(loss(), parameters, create_graph=True, materialize_grads=True)
-            Hv = torch.autograd.grad(g, parameters, v, materialize_grads=True)
-            torch._foreach_add_(total, Hv, alpha=1 / len(losses))
+            slope = sum((x * y).sum() for x, y in zip(g, v))  # ∇L · v, whose gradient is H v
+            if slope.requires_grad:  # not where the loss is linear
+                Hv = torch.autograd.grad(slope, parameters, materialize_grads=True)
+                torch._foreach_add_(total, Hv, alpha=1 / len(losses))
         return total
 
     def dot(x, y):
@@ -383,6 +386,7 @@ def main(argv=None):
     s = parse_settings(argv)
     runs.check_settings(s)
     with runs.started(s):
+        runs.check_output(s)
         cache = load_cache(s.teacher, needed=s.lambda2 > 0)
         torch.manual_seed(s.seed)
         student = load_student(s, cache["sentences"])

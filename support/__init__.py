@@ -1,12 +1,13 @@
 """What keeps a run safe, so that the three scripts can be about the paper.
 
-encoder.py: models and their embeddings; data.py: sentences and benchmarks; run.py: files,
-checkpoints, metrics, devices and processes.
+files.py: files whole or not there; run.py: training runs, devices, processes; data.py: sentences
+and benchmarks; encoder.py: sentences to embeddings; loading.py: models that are understood.
 """
 
 import functools
 import os
 import sys
+from errno import EBADF, EIO, ENOSPC, EPIPE
 
 
 def fail(message):
@@ -23,7 +24,8 @@ def one_line(main):
     def run(argv=None):
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name) or open(os.devnull, "w")  # None if it was closed
-            stream.reconfigure(errors="replace")  # ASCII alone must not cost a table
+            if hasattr(stream, "reconfigure"):  # not in a notebook
+                stream.reconfigure(errors="replace")  # ASCII alone must not cost a table
             setattr(sys, name, stream)
         try:
             try:
@@ -33,7 +35,7 @@ def one_line(main):
         except KeyboardInterrupt:
             fail("interrupted")
         except OSError as error:
-            if error.errno is None or error.filename is not None:
+            if error.errno not in (EPIPE, ENOSPC, EIO, EBADF) or error.filename is not None:
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             fail(f"standard output was lost: {error.strerror}")

@@ -79,11 +79,9 @@ def read_corpus(name, seed=42):
             fail(f"{name} needs a text column in every row; row {number} has: {', '.join(row)}")
         if not isinstance(row.get("source"), (str, int, type(None))):
             fail(f"{name}: the source of row {number} is no name, but {row['source']!r}")
-    sources = [row.get("source") for row in rows]
-    blank = (None, "")
-    return [row["text"] for row in rows], [
-        Path(name).stem if source in blank else str(source) for source in sources
-    ]
+    own = [row.get("source") for row in rows]
+    sources = [Path(name).stem if source in (None, "") else str(source) for source in own]
+    return [row["text"] for row in rows], sources
 
 
 def paper_corpus(seed):

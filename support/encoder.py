@@ -171,9 +171,7 @@ def encode(encoder, tokens, batch_size, label=None, part=None):
     done = read_part(part, embeddings, batch_size) if part else embeddings[:0]
     embeddings[order[: len(done)]] = done
     bar = progress(len(order), "sent", label, initial=len(done))
-    with attempt(f"write {part}"):
-        file = open(part or os.devnull, "ab")
-    with bar, file:
+    with bar:
         for start in range(len(done), len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = pad(tokens, rows, model.device)
@@ -184,9 +182,9 @@ def encode(encoder, tokens, batch_size, label=None, part=None):
                 fail(f"{model.device} is out of memory; try a smaller --batch_size or --max_length")
             vectors = pool(hidden, batch["attention_mask"], encoder.pooling).float().cpu()
             embeddings[rows] = vectors
-            with attempt(f"write {part}"):
-                file.write(vectors.numpy().tobytes())
-                file.flush()
+            if part:
+                with attempt(f"write {part}"), open(part, "ab") as file:
+                    file.write(vectors.numpy().tobytes())
             bar.update(len(rows))
     return embeddings
 

@@ -34,6 +34,8 @@ def attempt(what):
     """Make any error in this block one line, the fault of the user's file: keep the block small."""
     try:
         yield
+    except (NameError, AssertionError):
+        raise  # no file's fault
     except Exception as error:
         fail(f"cannot {what}: {reason(error)}")
 

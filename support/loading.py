@@ -133,7 +133,9 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
                 [Lowercase(), *([own] if own else [])]
             )
     max_length = find_limit(name, model, tokenizer, limit, max_length)
-    causal, widths = examine(name, model.to(device).eval(), tokenizer)
+    with attempt(f"put {name} on {device}"):
+        model.to(device).eval()
+    causal, widths = examine(name, model, tokenizer)
     pooling = settle_pooling(name, model.config.model_type, pooling, declared, causal)
     return Encoder(model, tokenizer, pooling, max_length, widths)
 

@@ -67,30 +67,31 @@ def started(s):
     The first process alone speaks and writes.
     """
     try:
-        with joined(), alone(s.output) if rank() == 0 else nullcontext():
+        with joined(s.device), alone(s.output) if rank() == 0 else nullcontext():
             yield
     except KeyboardInterrupt:
         kept = Path(s.output, "checkpoint.pt").exists()
         advice = "with --resume goes on from the last whole epoch" if kept else "begins again"
         fail(f"interrupted; the same command {advice}")
     except torch.OutOfMemoryError:
-        fail(f"{s.device} is out of memory; try a smaller --batch_size or --max_length")
+        fail("the device is out of memory; try a smaller --batch_size or --max_length")
 
 
 @contextmanager
-def joined():
-    """Connect the processes that torchrun started, if it did."""
+def joined(device):
+    """Connect the processes that torchrun started, if it did; device: the setting."""
     names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     if not names <= os.environ.keys():
         yield
         return
     with attempt(f"join torchrun's processes by {', '.join(sorted(names))}"):
-        local, devices = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
-        if 0 < devices <= local:
-            fail(f"torchrun started more processes than there are devices, {devices}")
+        local = int(os.environ["LOCAL_RANK"])
+        devices = 0 if device == "cpu" else torch.accelerator.device_count()
+        if 0 < devices <= local or ":" in device:
+            fail(f"torchrun needs a device for each process: there are {devices}, not --device X:N")
         if devices:
             torch.accelerator.set_device_index(local)
-        distributed.init_process_group()
+        distributed.init_process_group("gloo" if device == "cpu" else None)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     yield
@@ -107,9 +108,19 @@ def data_parallel(module):
     return DistributedDataParallel(module, device_ids=devices, find_unused_parameters=True)
 
 
+def share(batches):
+    """Of an epoch's batches, those of this process: each process gets as many."""
+    return batches[rank() :: processes()][: len(batches) // processes()]
+
+
 def seed_of(*what):
     """A seed for a stream of random numbers apart from the stream of any other `what`."""
     return int(hashlib.sha256(repr(what).encode()).hexdigest()[:15], 16)
+
+
+def seed_dropout(seed, epoch):
+    """Seed an epoch's dropout: a resumed epoch draws the same masks, each process its own."""
+    torch.manual_seed(seed_of(seed, epoch, rank(), "dropout"))
 
 
 # ---------------------------------------------------------------------- before a run: is it sound?
@@ -120,7 +131,8 @@ def check_settings(s):
     for name, value in asdict(s).items():
         is_number = type(value) in (int, float)
         if is_number and not (0 <= value < 2**63 and (value or name in may_be_0)):
-            fail(f"--{name} {value}: it must be {'at least' if name in may_be_0 else 'above'} 0")
+            least = "at least" if name in may_be_0 else "above"
+            fail(f"--{name} {value}: it must be {least} 0 and less than 2**63")
     if not s.output:
         fail("--output '': give the folder for the student a name")
     if s.warmup_ratio > 1:
@@ -133,7 +145,6 @@ def check_settings(s):
         fail("--lasd_layers 1: Eq. 5 chains two layers or more; 0 means all")
     if s.max_length < 3:
         fail(f"--max_length {s.max_length}: no token is left between the first and the last")
-    check_output(s)
 
 
 def check_fit(s, student, n):
@@ -151,6 +162,8 @@ def check_fit(s, student, n):
 
 def check_output(s):
     """End the program if what is in the output folder is not to be touched."""
+    if rank() > 0:
+        return  # the first process may be writing already
     keep_apart(s.output, student=s.student, teacher=s.teacher)
     out = Path(s.output)
     with attempt(f"write {out}"):
@@ -173,7 +186,7 @@ class Checkpoint:
 
     def __init__(self, s, corpus, parts):
         self.path, self.resume, self.parts = Path(s.output, "checkpoint.pt"), s.resume, parts
-        own = ("resume", "overwrite", "output", "device")
+        own = ("resume", "overwrite", "output", "device", "teacher")
         self.facts = {f"--{name}": value for name, value in asdict(s).items() if name not in own}
         self.facts |= {"corpus or tokenizer": corpus, "number of processes": processes()}
 
@@ -182,7 +195,8 @@ class Checkpoint:
         if not self.resume:
             with attempt(f"write {self.path}"):
                 self.path.parent.mkdir(exist_ok=True)
-            return self.save(0)
+            self.save(0)
+            return 0
         saved = load(self.path)
         with attempt(f"read {self.path}"):
             for name, now in self.facts.items():
@@ -193,13 +207,12 @@ class Checkpoint:
             return saved["epoch"]
 
     def save(self, epoch):
-        """Write the state after `epoch` epochs, whole or not at all; returns the epoch."""
+        """Write the state after `epoch` epochs, whole or not at all."""
         states = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(weights.isfinite().all() for weights in states["weights"].values()):
             fail(f"epoch {epoch} left weights that are not finite; {ADVICE}")
         if rank() == 0:
             save(self.path, {"epoch": epoch, "facts": self.facts, "states": states})
-        return epoch
 
 
 def progress(total, unit, label=None, initial=0):
@@ -236,10 +249,12 @@ class Log:
             with attempt(f"write {self.path}"), open(self.path, mode, encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
+    def begin(self):
+        """Start the clock, before the first step of an epoch."""
+        self.clock = time.perf_counter()
+
     def step(self, values, lr):
         """Take one step's values, a tensor; the host waits for them only when a line is due."""
-        if not self.values:
-            self.clock = time.perf_counter()
         self.values.append(values)
         self.count += 1
         self.bar.update()
@@ -259,7 +274,7 @@ class Log:
         cost = {"lr": lr, "ms_per_step": ms, "memory_mb": memory_mb(self.device)}
         self.write(about | means | cost)
         self.bar.set_postfix({name: f"{means[name]:.4f}" for name in self.names[:4]}, refresh=False)
-        self.values = []
+        self.values, self.clock = [], time.perf_counter()
 
     def epoch(self, **values):
         """Write the line of an epoch that has ended."""
@@ -285,6 +300,7 @@ def finish(s, about, write, *what):
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     if rank() == 0:
         with attempt(f"write {out}"):
+            shutil.rmtree(draft, ignore_errors=True)
             write(draft, *what)
             record = {"settings": asdict(s), **about, "cost": costs, "versions": versions}
             write_json(draft / "talas.json", record)

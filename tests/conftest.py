@@ -4,6 +4,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -19,6 +20,7 @@ for name in ("HOME", "USERPROFILE", "HF_HOME", "XDG_CACHE_HOME", "TMPDIR", "TMP"
 for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
     os.environ.pop(name, None)
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 

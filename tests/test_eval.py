@@ -89,13 +89,19 @@ def test_cosine_of_a_zero_vector_is_0():
 @pytest.mark.parametrize("other", [1.0, 1.7, -2.0])
 def test_cosines_that_are_the_same_up_to_rounding_rank_nothing(dtype, other):
     a = np.random.default_rng(0).normal(size=(50, 32)).astype(dtype)
-    b, labels = (a * other).astype(dtype), [i % 2 for i in range(50)]
+    b = (a * other).astype(dtype)
     assert len(set((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))) > 1
-    assert np.isnan(evaluation.cosine(a, b)).all()
-    assert np.isnan(evaluation.average_precision(a, b, labels))
-    assert np.isnan(evaluation.spearman(a, b, labels))
+    rows = [{"sentence1": ("a", i), "sentence2": ("b", i), "label": i % 2} for i in range(50)]
+    rows = [row | {"score": row["label"]} for row in rows]
+
+    def vectors(names):
+        return np.stack([{"a": a, "b": b}[which][i] for which, i in names])
+
+    for kind in ("AP", "Spearman"):
+        assert np.isnan(evaluation.score({"kind": kind, "test": rows}, "mine", vectors))
     b[7] *= 1 + 0.01 * np.arange(32)  # one of them is not
-    assert np.isfinite(evaluation.cosine(a, b)).all()
+    for kind in ("AP", "Spearman"):
+        assert np.isfinite(evaluation.score({"kind": kind, "test": rows}, "mine", vectors))
 
 
 # -------------------------------------------------------------------------------- the whole script
