@@ -161,6 +161,8 @@ def test_table4_a_parameter_that_the_loss_does_not_know_is_flat():
     assert found == pytest.approx(3.0)
     found = largest_hessian_eigenvalue(lambda: -(w**2).sum(), [w, unknown])
     assert found == pytest.approx(0.0, abs=1e-5)
+    for linear in (lambda: w.sum(), lambda: (0 * unknown).sum()):
+        assert largest_hessian_eigenvalue(linear, [w, unknown]) == 0.0
 
 
 def test_table4_lambda_max_is_that_of_all_parameters_together():
@@ -241,10 +243,11 @@ def test_parameters_without_a_gradient_stay_where_they_are():
     torch.testing.assert_close(late.detach(), before[2] - 0.5)
 
 
-def test_an_ascent_without_a_slope_stays():
+@pytest.mark.parametrize("rho", [1.0, 50.0])
+def test_an_ascent_without_a_slope_stays(rho):
     w = torch.nn.Parameter(rows(3))
     before = w.detach().clone()
-    asam = ASAM(torch.optim.SGD([w], lr=0.1), rho=1.0)
+    asam = ASAM(torch.optim.SGD([w], lr=0.1), rho=rho)
     asam.ascent_step()  # no gradient at all
     (w * 0).sum().backward()
     asam.ascent_step()  # a zero gradient: no direction

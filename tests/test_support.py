@@ -17,9 +17,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from errno import ENOSPC
 from functools import cache as once
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -859,3 +861,14 @@ def test_variables_of_torchrun_that_make_no_sense_are_one_line(
         monkeypatch.setenv(name, "x")
     flags = ["--teacher", cache, "--output", tmp_path / "s"]
     ends_with_one_line(lambda: run("talas", *flags), "torchrun", "LOCAL_RANK")
+
+
+def test_table3_the_time_of_a_step_is_that_of_all_its_steps(tmp_path):
+    s = SimpleNamespace(output=str(tmp_path), epochs=1)
+    log = runs.Log(s, ["loss"], 11, 0, torch.device("cpu"))
+    log.begin()
+    for _ in range(11):  # a line after ten steps, and one after the last
+        time.sleep(0.02)
+        log.step(torch.ones(1), lr=0.0)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(20 <= line["ms_per_step"] < 40 for line in lines)
