@@ -224,7 +224,8 @@ def test_algorithm1_a_whole_run_is_that_of_plain_pytorch(
         expected = values[first : line["step"]].mean(0).tolist()
         assert [line[name] for name in METRICS] == pytest.approx(expected, rel=1e-3, abs=1e-5)
         first = line["step"]
-    assert [line["step"] for line in logged] == [4, 8, 10, 12]  # each epoch's last and each tenth
+    lines = [(line["step"], line["epoch"]) for line in logged]  # each tenth, each epoch's last
+    assert lines == [(4, 1), (8, 2), (10, 3), (12, 3)]
 
 
 # ------------------------------------------------------------------- Algorithm 1: what a run does
