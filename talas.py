@@ -167,6 +167,8 @@ def disam_objective(losses, domains, weight):
 class Objective(torch.nn.Module):
     """L_total as a function of w, the weights of the student and the projections W_l, Eq. 7."""
 
+    metrics = METRICS
+
     def __init__(self, student, projections, s):
         super().__init__()
         self.student, self.s, self.model = student, s, student.model
@@ -258,33 +260,31 @@ def batches(n, s, epoch):
     """
     generator = torch.Generator().manual_seed(runs.seed_of(s.seed, epoch, "order"))
     order = torch.randperm(n, generator=generator)
-    complete = order[: n - n % s.batch_size].split(s.batch_size)
-    return runs.share(complete)
+    return runs.share(order[: n - n % s.batch_size].split(s.batch_size))
 
 
-def set_up(s, student, d_T, steps):
+def set_up(s, student, d_T, steps, kind=Objective):
     """(objective, ASAM, scheduler): AdamW with a warmed-up cosine schedule, inside ASAM or SAM."""
     # The cosine of Eq. 3 ignores the length of W_l, which only slows its turning: start small.
     K = s.anchored_layers if s.lambda2 else 0
     projections = [torch.randn(student.dimensions, d_T) * 1e-3 for _ in range(K)]  # (d_S, d_T)
-    objective = Objective(student, projections, s).to(student.model.device)
+    objective = kind(student, projections, s).to(student.model.device)
     groups = [{"params": list(student.model.parameters())}]
-    if K:
-        groups.append({"params": list(objective.projections), "lr": s.lr * s.projection_lr_scale})
+    groups.append({"params": list(objective.projections), "lr": s.lr * s.projection_lr_scale})
     adamw = torch.optim.AdamW(groups, lr=s.lr, weight_decay=s.weight_decay, fused=True)
     scheduler = get_cosine_schedule_with_warmup(adamw, round(s.warmup_ratio * steps), steps)
     return objective, ASAM(adamw, s.rho, s.eta, adaptive=s.optimizer == "asam"), scheduler
 
 
-def train(s, corpus, student):
-    """Algorithm 1: trains the student in place and returns its projections W_l."""
+def train(s, corpus, student, kind=Objective):
+    """Algorithm 1: trains the student in place, for an objective of that kind; returns its W_l."""
     steps = len(batches(len(corpus), s, 0))  # of an epoch
     d_T = corpus.embeddings.shape[1] if s.lambda2 else 0
-    objective, asam, scheduler = set_up(s, student, d_T, s.epochs * steps)
+    objective, asam, scheduler = set_up(s, student, d_T, s.epochs * steps, kind)
     parts = {"weights": objective, "adamw": asam.optimizer, "scheduler": scheduler}
     checkpoint = runs.Checkpoint(s, corpus.identity(), parts)
     first_epoch = checkpoint.begin()
-    log = runs.Log(s, METRICS, steps, first_epoch, student.model.device)
+    log = runs.Log(s, objective.metrics, steps, first_epoch, student.model.device)
     parallel = runs.data_parallel(objective)
     for epoch in range(first_epoch, s.epochs):
         student.model.train()
@@ -342,28 +342,28 @@ def largest_hessian_eigenvalue(loss_fn, parameters, iterations=40, seed=0):
 
 
 def measure_sharpness(objective, corpus, s):
-    """λ_max of the full training objective (Eq. 7) over fixed batches, without dropout."""
+    """λ_max of the objective, Eq. 7, in the student's weights: fixed batches, no dropout."""
     model, fused = objective.model, objective.model.config._attn_implementation
     model.eval().set_attn_implementation("eager")  # the fused kernels have no second derivative
     order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(0))
     fixed = [corpus.batch(rows)[:2] for rows in order.split(s.batch_size)[:SHARPNESS_BATCHES]]
     losses = [lambda batch=batch: objective(*batch)[0] for batch in fixed]
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    lambda_max = largest_hessian_eigenvalue(losses, trained)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    lambda_max = largest_hessian_eigenvalue(losses, weights)
     model.set_attn_implementation(fused)
     return lambda_max
 
 
 # ------------------------------------------------------------------------------------ command line
-def parse_settings(argv):
+def parse_settings(argv, kind=Settings):
     """Settings from the command line; the tiny student's own defaults are printed."""
-    parser = HfArgumentParser(Settings, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = HfArgumentParser(kind, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
     if parser.parse_args(argv).student == "tiny":
         shown = ", ".join(f"--{name} {value}" for name, value in tiny.SETTINGS.items())
         print("student tiny, from scratch, unless set otherwise:", shown)
         parser.set_defaults(**tiny.SETTINGS)
-    return Settings(**vars(parser.parse_args(argv)))
+    return kind(**vars(parser.parse_args(argv)))
 
 
 def load_student(s, sentences):

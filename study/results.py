@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results.json"
 AVERAGES = {"avg_in": "Avg-In", "avg_out": "Avg-Out", "avg": "Avg"}
 NAMES = {"banking77": "Banking77", "mrpc": "MRPC", "scitail": "SciTail", "wic": "WiC"}
 NAMES |= {"tweet": "Tweet", "emotion": "Emotion", "sick": "SICK", "sts12": "STS12", "stsb": "STS-B"}
-HISTORY = ["step", "simcse", "tamd", "lasd", "sharpness_gap"]
+HISTORY = ["step", "simcse", "tamd", "lasd", "distillation", "sharpness_gap"]
 
 
 def read_json(path):
@@ -54,6 +54,7 @@ def describe(out):
     """What a training left in its folder beside the weights: settings, versions, cost, curves."""
     told, lines = read_json(out / "talas.json"), read_metrics(out)
     steps = [line for line in lines if "loss" in line][4::5]  # every fiftieth step
+    kept = [key for key in HISTORY if all(key in line for line in steps)]
     ends = [line for line in lines if line.get("lambda_max") is not None]
     if not torch.accelerator.is_available():  # on a CPU the process holds earlier runs' memory, too
         told["cost"] = {"ms_per_step": told["cost"].get("ms_per_step")}
@@ -61,7 +62,7 @@ def describe(out):
         "settings": portable(told["settings"]),
         "teacher": Path(told["teacher"]).name,
         "machine": machine(),
-        "history": {key: [round(line[key], 6) for line in steps] for key in HISTORY},
+        "history": {key: [round(line[key], 6) for line in steps] for key in kept},
         "lambda_max": {str(line["end_of_epoch"]): line["lambda_max"] for line in ends},
     }
 

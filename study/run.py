@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 import cache_teacher
 import eval as evaluation
 import talas
-from study import released
+from study import baselines, released
 from study.results import RESULTS, describe, portable, read_json, record
 
 H384, H768 = (f"nreimers/MiniLMv2-L6-{size}-distilled-from-BERT-Base" for size in ("H384", "H768"))
@@ -65,6 +65,10 @@ ROWS = {  # the flags of talas.py; None: nothing is trained
     "STL-detach_guide": "--optimizer adamw --detach_guide",
     "STLA-released": "",  # with released_behaviour()
     "released-code": "",  # the authors' own, from --released
+    "distill": "--method distill",  # these are Table 1's other methods, by baselines.py
+    "distill-mse": "--method distill --distance mse",
+    "stella": "--method stella",
+    "distillcse": "--method distillcse",
 }
 
 
@@ -102,6 +106,13 @@ def epochs_kept(folder):
 
 
 # --------------------------------------------------------------------------------------- the runs
+def settings_of(row, flags):
+    """The settings of a row that is run with these flags, and the main function that takes them."""
+    if "--method" in (ROWS[row] or ""):
+        return talas.parse_settings(flags, baselines.Settings), baselines.main
+    return talas.parse_settings(flags), talas.main
+
+
 def models_of(args, pair):
     """(teacher, student): Hub ids or paths."""
     return [str(args.models / name) if pair in LOCAL else name for name in PAIRS[pair]]
@@ -117,8 +128,9 @@ def make_cache(args, pair, path):
         cache_teacher.main(["--teacher", teacher, "--output", path, *about])
 
 
-def train(args, pair, row, flags, s):
-    """Train one row as s, unless its output holds just that; an interrupted training goes on."""
+def train(args, pair, row, flags):
+    """Train one row, unless its output holds just that; an interrupted training goes on."""
+    s, program = settings_of(row, flags)
     out = Path(s.output)
     if portable(read_json(out / "talas.json").get("settings", {})) == portable(asdict(s)):
         return
@@ -133,7 +145,7 @@ def train(args, pair, row, flags, s):
         there = (out / "checkpoint.pt").exists()
         if not there:
             shutil.rmtree(out / "epochs", ignore_errors=True)
-        talas.main([*flags, "--resume" if there else "--overwrite"])
+        program([*flags, "--resume" if there else "--overwrite"])
 
 
 def score(args, out, *models):
@@ -150,7 +162,7 @@ def run(args, pair, row, seed):
     out, cache = args.work / f"{pair}-{row}-{seed}", f"{PAIRS[pair][0].replace('/', '-')}.pt"
     flags = ["--teacher", str(args.work / cache), "--student", student, "--output", str(out)]
     flags += ["--seed", str(seed), "--device", args.device, *(ROWS[row] or "").split(), *args.flags]
-    s, data = talas.parse_settings(flags), Path(args.data).name
+    s, data = settings_of(row, flags)[0], Path(args.data).name
     settings = portable(asdict(s)) if trained else None
     entry = {"pair": pair, "row": row, "seed": seed, "data": data, "settings": settings}
     old = read_json(args.results).get(key)
@@ -160,7 +172,7 @@ def run(args, pair, row, seed):
         return print("done already")
     out.mkdir(exist_ok=True)
     if trained:
-        train(args, pair, row, flags, s)
+        train(args, pair, row, flags)
         entry |= describe(out)
     model = {"teacher": teacher, "before": student}.get(row, str(out))
     epochs = sorted((out / "epochs").glob("*"), key=lambda path: int(path.name))[:-1]

@@ -124,10 +124,10 @@ def seed_dropout(seed, epoch):
 
 
 # ---------------------------------------------------------------------- before a run: is it sound?
-def check_settings(s):
-    """End the program if a setting has no meaning."""
+def check_settings(s, also_0=()):
+    """End the program if a setting has no meaning; also_0: more names of what may be 0."""
     may_be_0 = ("lambda1", "lambda2", "lambda3", "lasd_layers", "rho", "eta", "disam_lambda")
-    may_be_0 += ("weight_decay", "warmup_ratio", "seed")
+    may_be_0 += ("weight_decay", "warmup_ratio", "seed", *also_0)
     for name, value in asdict(s).items():
         is_number = type(value) in (int, float)
         if is_number and not (0 <= value < 2**63 and (value or name in may_be_0)):

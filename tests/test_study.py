@@ -16,7 +16,7 @@ from conftest import ROOT, SENTENCES
 from filelock import FileLock
 
 import talas
-from study import bench, report, results, run
+from study import baselines, bench, report, results, run
 
 README = ROOT / "study" / "README.md"
 
@@ -77,6 +77,16 @@ def test_rows_are_run_once_and_recorded_with_their_settings(pair_b, trained, tmp
     run.main([*pair_b, *rows])
     assert len(trained) == 4 and (tmp_path / "results.json").read_text() == recorded
     assert capsys.readouterr().out.count("done already") == 5
+
+
+def test_the_other_methods_are_rows_too(pair_b, tmp_path):
+    run.main([*pair_b, "--rows", "distill-mse", "distillcse"])
+    found = json.loads((tmp_path / "results.json").read_text())
+    mse, cse = found["B/distill-mse/42"], found["B/distillcse/42"]
+    settings = {"method": "distill", "distance": "mse", "optimizer": "adamw", "epochs": 2}
+    assert settings.items() <= mse["settings"].items()
+    assert cse["settings"]["method"] == "distillcse"
+    assert mse["scores"] != cse["scores"] and len(mse["cost"]) == 1
 
 
 def test_an_interrupted_run_goes_on_from_its_last_epoch(pair_b, trained, tmp_path, monkeypatch):
@@ -151,7 +161,10 @@ def test_what_a_training_left(tmp_path):
 def test_every_row_has_settings_that_talas_takes():
     for row, flags in run.ROWS.items():
         if flags is not None:
-            s = talas.parse_settings(["--student", "x", *flags.split()])
+            s, program = run.settings_of(row, ["--student", "x", *flags.split()])
+            if program is baselines.main:
+                assert row.startswith(s.method) and ("mse" in row) == (s.distance == "mse")
+                continue
             assert (s.optimizer == "adamw") == ("A" not in row.split("-")[0] and "code" not in row)
             assert (s.lambda1 > 0) == ("S" in row or "code" in row)
 
