@@ -104,7 +104,8 @@ def draw_all(results, folder):
     for pair in pairs(results):
         found = {row: runs(results, pair, row) for row in ROWS}
         terms = {row: next(iter(found[row].values())) for row in ("T", "STL") if found[row]}
-        shown = [row for row in ("before", "T", "STL", "STLA", "teacher") if found[row]]
+        main = ("before", "T", "STL", "STLA", "distill", "stella", "distillcse", "teacher")
+        shown = [row for row in main if found[row]]
         epochs, sharpness = (mean_curves(results, pair, key) for key in ("epochs", "lambda_max"))
         scores = {row: mean_scores(results, pair, row) for row in shown}
         panels = {

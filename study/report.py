@@ -5,8 +5,9 @@
     pip install matplotlib==3.11.2 && python study/report.py --plots study    # plots.py
 
 A file to be filled holds <!-- table:NAME --> ... <!-- end -->, which becomes the table of that name
-(scores-B, gains-B, sharpness-B, cost-B, bench-student-cls-cpu), or <!-- figure:PAIR/ROW/TASK -->
-... <!-- end -->, within a line, which becomes that score, or <!-- figure:A minus B -->, a gain.
+(scores-B, gains-B, winners-B, sharpness-B, cost-B, bench-student-cls-cpu), or, within a line,
+<!-- figure:PAIR/ROW/TASK --> ... <!-- end -->, which becomes that score, or <!-- figure:A minus B
+--> ... <!-- end -->, a gain.
 Of several seeds: the mean ± the standard deviation (of a sample, n - 1).
 """
 
@@ -43,7 +44,12 @@ CLAIMS = {  # what a gain shows: (a row, the row without it)
     "A fixed guide in LASD": ("STL-detach_guide", "STL"),
     "The released behaviour": ("STLA-released", "STLA"),
     "The released code itself": ("released-code", "STLA"),
+    "TALAS for embedding distillation": ("STLA", "distill"),
+    "TALAS for its squared error": ("STLA", "distill-mse"),
+    "TALAS for Jasper and Stella": ("STLA", "stella"),
+    "TALAS for DistillCSE": ("STLA", "distillcse"),
 }
+METHODS = ("STLA", "distill", "distill-mse", "stella", "distillcse")  # that compete, task by task
 
 
 # -------------------------------------------------------------------------------------- the numbers
@@ -105,6 +111,23 @@ def gain_table(results, pair):
     return ["", "rows", "gain in Avg", "better on", "seeds"], rows
 
 
+def winner_table(results, pair):
+    """Who wins on which task: of the methods that were run, the best two, and TALAS's place."""
+    there = [row for row in METHODS if runs(results, pair, row)]
+    if len(there) < 2:
+        return [], []
+    rows = []
+    for task in runs(results, pair, there[0]).popitem()[1]["scores"]:
+        found = {row: list(scores(results, pair, row, task).values()) for row in there}
+        found = {row: values for row, values in found.items() if values}
+        order = sorted(found, key=lambda row: -statistics.fmean(found[row]))
+        best = [text for row in order[:2] for text in (row, mean_sd(found[row]))]
+        if order:
+            place = f"{order.index('STLA') + 1} of {len(order)}" if "STLA" in order else "–"
+            rows.append([AVERAGES.get(task) or NAMES.get(task, task), *best, place])
+    return ["", "first", "score", "second", "score", "STLA's place"], rows
+
+
 def sharpness_table(results, pair):
     """The paper's Table 4: λ_max after each epoch."""
     found = {row: runs(results, pair, row).values() for row in ROWS}
@@ -150,7 +173,7 @@ def tables(results):
     found = {}
     for pair in pairs(results):
         makers = {"scores": score_table, "gains": gain_table, "cost": cost_table}
-        makers |= {"sharpness": sharpness_table}
+        makers |= {"sharpness": sharpness_table, "winners": winner_table}
         found |= {f"{kind}-{pair}": make(results, pair) for kind, make in makers.items()}
     benches = {key: e for key, e in results.items() if key.startswith("bench/")}
     found |= {key.replace("/", "-"): bench_table(entry) for key, entry in benches.items()}

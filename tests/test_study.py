@@ -260,7 +260,22 @@ def test_the_tables_by_hand():
         ["SimCSE and LASD beside TAMD", "STL − T", "+1.50 ± 1.41", "1 of 1", "2"]
     ]
     assert made["sharpness-B"] == (["epoch", "STL"], [["1", "4.00"], ["5", "3.00"]])
-    assert "cost-B" not in made
+    assert "cost-B" not in made and "winners-B" not in made
+
+
+def test_who_wins_on_which_task():
+    entries = [
+        entry("STLA", 1, stsb=5.0, avg=70.0),
+        entry("distill", 1, stsb=6.0, avg=71.0),
+        entry("distill", 2, stsb=8.0, avg=67.0),
+        entry("stella", 1, stsb=1.0, avg=60.0),
+        entry("T", 1, stsb=99.0, avg=99.0),  # a part of TALAS: it does not compete
+    ]
+    made = report.tables({str(i): each for i, each in enumerate(entries)})
+    assert made["winners-B"][1] == [
+        ["STS-B", "distill", "7.00 ± 1.41", "STLA", "5.00", "2 of 3"],
+        ["Avg", "STLA", "70.00", "distill", "69.00 ± 2.83", "1 of 3"],
+    ]
 
 
 def test_markdown_and_latex():
