@@ -5,7 +5,8 @@
     pip install matplotlib==3.11.2 && python study/report.py --plots study    # plots.py
 
 A file to be filled holds <!-- table:NAME --> ... <!-- end -->, which becomes the table of that name
-(scores-B, gains-B, winners-B, sharpness-B, cost-B, bench-student-cls-cpu), or, within a line,
+(scores-B, gains-B, winners-B, sharpness-B, cost-B, geometry,
+bench-student-cls-cpu), or, within a line,
 <!-- figure:PAIR/ROW/TASK --> ... <!-- end -->, which becomes that score, or <!-- figure:A minus B
 --> ... <!-- end -->, a gain.
 Of several seeds: the mean ± the standard deviation (of a sample, n - 1).
@@ -159,6 +160,17 @@ def cost_table(results, pair):
     return ["", *names.values()], rows
 
 
+def geometry_table(results):
+    """What each layer knows (geometry.py)."""
+    rows = []
+    for entry in (e for key, e in results.items() if key.startswith("geometry/")):
+        for one in entry["layers"]:
+            tamd = f"{one['tamd']:.3f}" if "tamd" in one else ""
+            cells = [f"{one['spread']:.6f}", f"{one['spearman']:.1f}", tamd]
+            rows.append([entry["name"], str(one["layer"]), *cells])
+    return ["", "layer", "1 − mean cosine", "Spearman with the teacher", "its TAMD"], rows
+
+
 def bench_table(entry):
     """The rows of bench.py."""
     rows = []
@@ -175,6 +187,7 @@ def tables(results):
         makers = {"scores": score_table, "gains": gain_table, "cost": cost_table}
         makers |= {"sharpness": sharpness_table, "winners": winner_table}
         found |= {f"{kind}-{pair}": make(results, pair) for kind, make in makers.items()}
+    found["geometry"] = geometry_table(results)
     benches = {key: e for key, e in results.items() if key.startswith("bench/")}
     found |= {key.replace("/", "-"): bench_table(entry) for key, entry in benches.items()}
     return {name: table for name, table in found.items() if table[1]}

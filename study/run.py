@@ -22,7 +22,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from support import fail, one_line
-from support.encoder import forward, save_encoder
+from support.encoder import forward
 from support.run import Checkpoint
 
 import torch
@@ -98,7 +98,8 @@ def epochs_kept(folder):
 
     def keep(self, epoch):
         if epoch:
-            save_encoder(folder / str(epoch), self.parts["weights"].student)
+            weights = self.parts["weights"]
+            talas.save_student(folder / str(epoch), weights.student, weights.projections)
         return save(self, epoch)
 
     with mock.patch.object(Checkpoint, "save", keep):

@@ -14,9 +14,10 @@ import pytest
 import torch
 from conftest import ROOT, SENTENCES
 from filelock import FileLock
+from scipy.stats import spearmanr
 
 import talas
-from study import baselines, bench, report, results, run
+from study import baselines, bench, geometry, report, results, run
 
 README = ROOT / "study" / "README.md"
 
@@ -167,6 +168,40 @@ def test_every_row_has_settings_that_talas_takes():
                 continue
             assert (s.optimizer == "adamw") == ("A" not in row.split("-")[0] and "code" not in row)
             assert (s.lambda1 > 0) == ("S" in row or "code" in row)
+
+
+def test_geometry_by_hand(bert, cache, tmp_path):
+    content = torch.load(cache, weights_only=True)
+    student = load_encoder(str(bert))
+    torch.manual_seed(0)
+    W = [torch.randn(32, 8), torch.randn(32, 8)]
+    talas.save_student(tmp_path / "kept", student, W)
+    flags = [str(bert), str(tmp_path / "kept"), "--teacher", str(cache), "--names", "a", "b"]
+    geometry.main([*flags, "--results", str(tmp_path / "results.json")])
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [one.keys() for one in found["geometry/a"]["layers"]] == [
+        {"layer", "spread", "spearman"}
+    ] * 3
+    kept = found["geometry/b"]["layers"]
+    assert ["tamd" in one for one in kept] == [False, True, True]
+    tokens = student.tokenizer(content["sentences"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states = student.model.eval()(**tokens, output_hidden_states=True).hidden_states
+    E, teacher = states[2][:, 0].double().numpy(), content["embeddings"].double().numpy()
+
+    def pairs(X):
+        X = X / np.linalg.norm(X, axis=1, keepdims=True)
+        return np.array([X[i] @ X[j] for i in range(48) for j in range(i)])
+
+    assert kept[1]["spread"] == pytest.approx(1 - pairs(E).mean(), abs=1e-5)
+    expected = 100 * spearmanr(pairs(E), pairs(teacher)).statistic
+    assert kept[1]["spearman"] == pytest.approx(expected, abs=0.1)
+    projected = E @ W[0].double().numpy()
+    cosines = [x @ y / np.linalg.norm(x) / np.linalg.norm(y) for x, y in zip(projected, teacher)]
+    assert kept[1]["tamd"] == pytest.approx(1 - np.mean(cosines), abs=1e-5)
+    header, rows = report.tables(found)["geometry"]
+    assert len(rows) == 6 and rows[4][:2] == ["b", "2"]
+    assert rows[4][4] == f"{kept[1]['tamd']:.3f}" and rows[1][4] == ""
 
 
 def test_the_released_behaviour(bert, cache):
