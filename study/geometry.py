@@ -50,7 +50,7 @@ def geometry(layers, projections, teacher):
     for number, E in enumerate(layers):
         cosines = pairs_of(E)
         one = {"layer": number + 1, "spread": 1 - cosines.mean().item()}
-        one["spearman"] = 100 * spearmanr(cosines, pairs_of(teacher)).statistic
+        one["spearman"] = 100 * float(spearmanr(cosines, pairs_of(teacher)).statistic)
         if number >= without:
             W = projections[number - without]
             one["tamd"] = talas.tamd_loss([E], [W], teacher).item()
