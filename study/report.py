@@ -5,10 +5,9 @@
     pip install matplotlib==3.11.2 && python study/report.py --plots study    # plots.py
 
 A file to be filled holds <!-- table:NAME --> ... <!-- end -->, which becomes the table of that name
-(scores-B, gains-B, winners-B, sharpness-B, cost-B, geometry,
-bench-student-cls-cpu), or, within a line,
-<!-- figure:PAIR/ROW/TASK --> ... <!-- end -->, which becomes that score, or <!-- figure:A minus B
---> ... <!-- end -->, a gain.
+(scores-B, gains-B, winners-B, sharpness-B, cost-B, geometry, bench-student-cls-cpu). Within a line
+<!-- figure:PAIR/ROW/TASK --> ... <!-- end --> becomes that score, <!-- figure:A minus B --> ...
+<!-- end --> a gain, and <!-- figure:geometry/NAME/LAYER/KEY --> ... <!-- end --> one of geometry.py.
 Of several seeds: the mean ± the standard deviation (of a sample, n - 1).
 """
 
@@ -75,7 +74,15 @@ def gains(results, pair, row, without, task="avg"):
 
 
 def figure(results, name):
-    """One score, "PAIR/ROW/TASK", or the gain "PAIR/ROW/TASK minus PAIR/ROW/TASK", as text."""
+    """A score, "PAIR/ROW/TASK", a gain, "PAIR/ROW/TASK minus PAIR/ROW/TASK", or of geometry.py
+
+    "geometry/NAME/LAYER/KEY"; as text.
+    """
+    if name.startswith("geometry/") and name.count("/") == 3:
+        _, who, layer, key = name.split("/")
+        layers = results.get(f"geometry/{who}", {"layers": []})["layers"]
+        found = [one[key] for one in layers if str(one["layer"]) == layer and key in one]
+        return f"{found[0]:.3g}" if found else fail(f"no figure {name}")
     parts = [part.split("/") for part in name.split(" minus ")]
     if any(len(part) != 3 for part in parts) or not 1 <= len(parts) <= 2:
         fail(f"no figure {name}; write PAIR/ROW/TASK, or two of them with minus between")
@@ -130,7 +137,7 @@ def winner_table(results, pair):
 
 
 def sharpness_table(results, pair):
-    """The paper's Table 4: λ_max after each epoch."""
+    """The paper's Table 4: λ_max after each epoch, and TALAS's as a part of that without ASAM."""
     found = {row: runs(results, pair, row).values() for row in ROWS}
     found = {
         row: [e["lambda_max"] for e in some if e.get("lambda_max")] for row, some in found.items()
@@ -140,8 +147,10 @@ def sharpness_table(results, pair):
     rows = []
     for epoch in map(str, epochs):
         each = [[one[epoch] for one in some if epoch in one] for some in found.values()]
-        rows.append([epoch, *map(mean_sd, each)])
-    return ["epoch", *found], rows
+        both = [statistics.fmean(v) for row, v in zip(found, each) if row in ("STL", "STLA") and v]
+        ratio = [f"{both[1] / both[0]:.2f}" if len(both) == 2 else "–"]
+        rows.append([epoch, *map(mean_sd, each), *ratio])
+    return ["epoch", *found, "STLA / STL"], rows
 
 
 def cost_table(results, pair):
@@ -166,7 +175,8 @@ def geometry_table(results):
     for entry in (e for key, e in results.items() if key.startswith("geometry/")):
         for one in entry["layers"]:
             tamd = f"{one['tamd']:.3f}" if "tamd" in one else ""
-            cells = [f"{one['spread']:.6f}", f"{one['spearman']:.1f}", tamd]
+            spread, rho = f"{one.get('spread', 0):.6f}", f"{one.get('spearman', 0):.1f}"
+            cells = [spread, rho if "spearman" in one else "–", tamd]
             rows.append([entry["name"], str(one["layer"]), *cells])
     return ["", "layer", "1 − mean cosine", "Spearman with the teacher", "its TAMD"], rows
 

@@ -200,8 +200,12 @@ def test_geometry_by_hand(bert, cache, tmp_path):
     cosines = [x @ y / np.linalg.norm(x) / np.linalg.norm(y) for x, y in zip(projected, teacher)]
     assert kept[1]["tamd"] == pytest.approx(1 - np.mean(cosines), abs=1e-5)
     header, rows = report.tables(found)["geometry"]
-    assert len(rows) == 6 and rows[4][:2] == ["b", "2"]
+    assert len(rows) == 7 and rows[4][:2] == ["b", "2"]
+    T = content["embeddings"] / content["embeddings"].norm(dim=1, keepdim=True)
+    best = 1 - (T @ (T.mean(0) / T.mean(0).norm())).mean().item()
+    assert rows[6] == ["one vector for all", "", "0.000000", "–", f"{best:.3f}"]
     assert rows[4][4] == f"{kept[1]['tamd']:.3f}" and rows[1][4] == ""
+    assert report.figure(found, "geometry/b/2/tamd") == f"{kept[1]['tamd']:.3g}"
 
 
 def test_the_released_behaviour(bert, cache):
@@ -294,7 +298,14 @@ def test_the_tables_by_hand():
     assert made["gains-B"][1] == [
         ["SimCSE and LASD beside TAMD", "STL − T", "+1.50 ± 1.41", "1 of 1", "2"]
     ]
-    assert made["sharpness-B"] == (["epoch", "STL"], [["1", "4.00"], ["5", "3.00"]])
+    header = ["epoch", "STL", "STLA / STL"]
+    assert made["sharpness-B"] == (header, [["1", "4.00", "–"], ["5", "3.00", "–"]])
+    scores = {"stsb": 1.0, "avg_in": 1.0, "avg_out": None, "avg": 1.0}
+    flat = [entry("STLA", seed, **scores) for seed in (1, 2)]
+    flat = [e | {"lambda_max": {"1": value}} for e, value in zip(flat, (2.0, 4.0))]
+    made = report.tables(RESULTS | {"x": flat[0], "y": flat[1]})
+    rows = [["1", "4.00", "3.00 ± 1.41", "0.75"], ["5", "3.00", "–", "–"]]
+    assert made["sharpness-B"] == (["epoch", "STL", "STLA", "STLA / STL"], rows)
     assert "cost-B" not in made and "winners-B" not in made
 
 
