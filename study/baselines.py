@@ -1,13 +1,11 @@
 """Table 1's other methods that need no more than the cached embeddings of the teacher.
 
     python study/baselines.py --method distill --teacher bge-m3.pt --student ...
-    python study/baselines.py --method distill --distance mse ...
-    python study/baselines.py --method stella ...
-    python study/baselines.py --method distillcse ...
 
-The loop, the batches, the optimizer, the student, the cache and all files are those of talas.py,
-and so are the flags; only the objective differs, and AdamW is the default optimizer. What their
-papers leave open, and where this departs from them, stands in study/README.md.
+The methods: distill (--distance cosine or mse), stella, distillcse. The loop, the batches, the
+optimizer, the student, the cache and all files are those of talas.py, and so are the flags; only
+the objective differs, and AdamW is the default optimizer. What their papers leave open, and where
+this departs from them, stands in study/README.md.
 """
 
 import sys
@@ -19,7 +17,6 @@ from support import fail, one_line
 from support import run as runs
 from support.encoder import Corpus
 
-import math
 import tempfile
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,13 +32,10 @@ from cache_teacher import load_cache
 
 @dataclass(frozen=True)
 class Settings(talas.Settings):
-    """Those of talas.py but for TALAS's own, and each method's.
+    """Those of talas.py but for TALAS's own, and each method's, which the others do not read."""
 
-    Weights and margin are from Jasper and Stella's paper, the other values from DistillCSE's code.
-    """
-
-    method: Literal["distill", "stella", "distillcse"] = HfArg(default="distill", help="which")
-    distance: Literal["cosine", "mse"] = HfArg(default="cosine", help="distill's")
+    method: Literal["distill", "stella", "distillcse"] = HfArg(default="distill", help="of Table 1")
+    distance: Literal["cosine", "mse"] = HfArg(default="cosine", help="distill's, to the teacher")
     cosine_weight: float = HfArg(default=10.0, help="stella's, of the cosine loss")
     similarity_weight: float = HfArg(default=200.0, help="stella's, of the similarity loss")
     relative_weight: float = HfArg(default=20.0, help="stella's, of relative similarity")
@@ -52,8 +46,8 @@ class Settings(talas.Settings):
     teacher_temperature: float = HfArg(default=0.0125, help="distillcse's, of the teacher's")
     group_p: float = HfArg(default=0.1, help="distillcse's groups, in probability; 0: no shuffling")
     optimizer: Literal["asam", "sam", "adamw"] = HfArg(default="adamw", help="Eqs. 2-9")
-    lambda1: float = field(default=0.0, init=False)  # TALAS's alone: no flags here
-    lambda2: float = field(default=1.0, init=False)
+    lambda1: float = field(default=0.0, init=False)  # TALAS's alone, no flags here;
+    lambda2: float = field(default=1.0, init=False)  # so set, talas.py reads targets, makes one W
     lambda3: float = field(default=0.0, init=False)
     anchored_layers: int = field(default=1, init=False)
     lasd_layers: int = field(default=0, init=False)
@@ -63,7 +57,7 @@ class Settings(talas.Settings):
 
 # --------------------------------------------------------------------------------------- the losses
 def distill_loss(e, teacher, distance):
-    """Embedding distillation (Kim et al., 2023, Eq. 7), as sentence-transformers has it.
+    """Embedding distillation (after Kim et al., 2023) as sentence-transformers' EmbedDistillLoss.
 
     e, teacher: (N, d_T), the student's projected, the teacher's. cosine: the mean of 1 - cos;
     mse: the mean square of the differences. A scalar.
@@ -91,43 +85,45 @@ def relative_similarity_loss(e, teacher, margin):
 
     s, t: the similarities of the N (N - 1) / 2 pairs of sentences, to the student, to the teacher.
     Of two pairs, the one that is more alike to the teacher is to be so to the student, by a margin.
+    The memory grows with N⁴.
     """
     i, j = torch.triu_indices(len(e), len(e), offset=1, device=e.device)
     s, t = (talas.relation_matrix(x)[i, j] for x in (e, teacher))  # (P,)
     ordered = t[:, None] > t[None, :]  # (P, P): of two pairs each way round, the teacher's
-    return F.relu(s[None, :] - s[:, None] + margin)[ordered].mean()
+    hinges = F.relu(s[None, :] - s[:, None] + margin)[ordered]
+    return hinges.sum() / max(len(hinges), 1)  # a teacher to whom all are alike orders none
 
 
 def stella_loss(e, teacher, s):
     """Jasper and Stella's objective in their stages 1 and 2: the weighted sum of three losses."""
-    losses = distill_loss(e, teacher, "cosine"), similarity_loss(e, teacher)
-    weighted = s.cosine_weight * losses[0] + s.similarity_weight * losses[1]
-    return weighted + s.relative_weight * relative_similarity_loss(e, teacher, s.margin)
+    loss = s.cosine_weight * distill_loss(e, teacher, "cosine")
+    loss = loss + s.similarity_weight * similarity_loss(e, teacher)
+    return loss + s.relative_weight * relative_similarity_loss(e, teacher, s.margin)
 
 
 def group_p_shuffle(similarities, p):
     """DistillCSE's Group-P shuffling (Xu et al., 2023): swap likely confusions of the teacher.
 
-    similarities: (N, N - 1), of each sentence to the others. Sorted downwards, with the cumulated
-    probability of their softmax, those within a step of p form a group; in a group they are dealt
-    out anew at random. Of the same shape.
+    similarities: (N, N - 1), of each sentence to the others. Their softmax, without a temperature,
+    is cumulated downwards; those that end in one interval [g p, (g + 1) p) form a group, in which
+    they are dealt out anew at random. Of the same shape.
     """
     falling, order = similarities.sort(descending=True)
-    group = falling.softmax(-1).cumsum(-1).div(p).floor().clamp(max=math.ceil(1 / p) - 1)
+    group = falling.softmax(-1).cumsum(-1).clamp(max=1 - 1e-6).div(p).floor()
     dealt = (group + torch.rand_like(group)).argsort(-1)  # a group stays in its own places
     return torch.empty_like(falling).scatter(-1, order, falling.gather(-1, dealt))
 
 
-def distribution_loss(z, teacher, student_temperature, teacher_temperature, group_p):
+def distribution_loss(z, teacher, s, shuffled):
     """DistillCSE's distillation: cross entropy from the teacher's in-batch distribution, the mean.
 
     z: (N, d_S); teacher: (N, d_T). Of each sentence the softmax of its cosine to the others, over a
-    temperature; the teacher's is shuffled if group_p > 0. A scalar.
+    temperature; the teacher's cosines are shuffled first, or are not. A scalar.
     """
     student, target = (off_diagonal(talas.relation_matrix(x)) for x in (z, teacher))  # (N, N - 1)
-    target = group_p_shuffle(target, group_p) if group_p else target
-    target = (target / teacher_temperature).softmax(-1)
-    return F.cross_entropy(student / student_temperature, target)
+    target = group_p_shuffle(target, s.group_p) if shuffled and s.group_p else target
+    target = (target / s.teacher_temperature).softmax(-1)
+    return F.cross_entropy(student / s.student_temperature, target)
 
 
 class Baseline(talas.Objective):
@@ -148,10 +144,7 @@ class Baseline(talas.Objective):
         elif s.method == "stella":
             own = stella_loss(z @ self.projections[0], teacher, s)
         else:  # λ_max is of one function: without the shuffling, as without dropout
-            group_p = s.group_p if self.model.training else 0.0
-            own = distribution_loss(
-                z, teacher, s.student_temperature, s.teacher_temperature, group_p
-            )
+            own = distribution_loss(z, teacher, s, shuffled=self.model.training)
         return simcse + own, [simcse, own]
 
 
@@ -160,15 +153,20 @@ def check_settings(s):
     """End the program if a setting has no meaning."""
     may_be_0 = ("cosine_weight", "similarity_weight", "relative_weight", "margin", "group_p")
     runs.check_settings(s, may_be_0)
-    least = {"distill": 1, "stella": 3, "distillcse": 2}[s.method]
-    if s.batch_size < least:
-        fail(f"--batch_size {s.batch_size}: {s.method} compares a batch's sentences; take more")
-    if s.group_p > 1:
-        fail(f"--group_p {s.group_p}: it is a probability, at most 1")
+    if s.batch_size < 3 and s.method != "distill":
+        fail(f"--batch_size {s.batch_size}: {s.method} compares sentences; take 3 or more")
+    if s.batch_size > 256 and s.method == "stella":
+        fail(f"--batch_size {s.batch_size}: stella compares pairs of pairs; take 256 at most")
+    if s.cosine_weight == s.similarity_weight == s.relative_weight == 0:
+        fail("--cosine_weight, --similarity_weight and --relative_weight are all 0")
+    if s.group_p and not 0.001 <= s.group_p <= 1:
+        fail(f"--group_p {s.group_p}: it is a probability, from 0.001 to 1, or 0")
 
 
 def first_stage(s, corpus, student):
-    """Stella's first stage: the projection learns to read the student as it is. Returns [W]."""
+    """Stella's first stage: the projection alone learns, with the student fixed. Returns [W]."""
+    if runs.rank() == 0:
+        Path(s.output, "checkpoint.pt").unlink(missing_ok=True)  # of a run that is overwritten
     print(f"the projection alone, {s.projection_epochs} epochs; then all")
     student.model.requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:

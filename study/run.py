@@ -97,7 +97,7 @@ def epochs_kept(folder):
     save = Checkpoint.save
 
     def keep(self, epoch):
-        if epoch:
+        if epoch and self.path.parent == folder.parent:  # not in stella's first stage
             weights = self.parts["weights"]
             talas.save_student(folder / str(epoch), weights.student, weights.projections)
         return save(self, epoch)

@@ -81,6 +81,7 @@ def test_relative_similarity_loss_wants_the_teachers_order(margin):
 
 
 def test_stella_loss_weighs_the_three():
+    assert baselines.relative_similarity_loss(E, torch.ones(6, 5), 0.5) == 0  # none is ordered
     s = Settings(cosine_weight=2.0, similarity_weight=3.0, relative_weight=5.0, margin=0.1)
     parts = baselines.distill_loss(E, T, "cosine"), baselines.similarity_loss(E, T)
     expected = 2 * parts[0] + 3 * parts[1] + 5 * baselines.relative_similarity_loss(E, T, 0.1)
@@ -126,11 +127,26 @@ def test_distribution_loss_is_a_cross_entropy_without_the_sentence_itself():
         teacher = [math.exp(cosine(t[i], t[j]) / 0.2) for j in others]
         pairs = zip(student, teacher)
         losses.append(-sum(y / sum(teacher) * math.log(x / sum(student)) for x, y in pairs))
-    loss = baselines.distribution_loss(E, T, 0.3, 0.2, 0.0).item()
+    s = Settings(student_temperature=0.3, teacher_temperature=0.2, group_p=1.0)
+    loss = baselines.distribution_loss(E, T, s, shuffled=False).item()
     assert loss == pytest.approx(mean(losses), rel=1e-5)
     torch.manual_seed(0)
-    shuffled = [baselines.distribution_loss(E, T, 0.3, 0.2, 1.0).item() for _ in range(20)]
+    shuffled = [baselines.distribution_loss(E, T, s, shuffled=True).item() for _ in range(20)]
     assert len(set(shuffled)) > 10 and min(shuffled) != loss
+
+
+def test_distribution_loss_shuffles_the_teacher(monkeypatch):
+    """With the others' places turned round in place of dealt out."""
+    monkeypatch.setattr(baselines, "group_p_shuffle", lambda cosines, p: cosines.flip(-1))
+    losses = []
+    for i in range(6):
+        others = [j for j in range(6) if j != i]
+        student = torch.tensor([cosine(e[i], e[j]) / 0.3 for j in others]).log_softmax(0)
+        teacher = torch.tensor([cosine(t[i], t[j]) / 0.2 for j in reversed(others)]).softmax(0)
+        losses.append(-(teacher * student).sum().item())
+    s = Settings(student_temperature=0.3, teacher_temperature=0.2)
+    loss = baselines.distribution_loss(E, T, s, shuffled=True).item()
+    assert loss == pytest.approx(mean(losses), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------ the objective
@@ -144,22 +160,26 @@ def objective_of(bert, flags):
 
 @pytest.mark.parametrize("flags", RUNS)
 def test_each_method_reads_the_last_layer(bert, flags):
-    objective, teacher = objective_of(bert, flags), embeddings(7, 8, 5)
+    other = "--temperature 0.3 --student_temperature 0.2 --teacher_temperature 0.1 --margin 0.3"
+    other += " --cosine_weight 2 --similarity_weight 3 --relative_weight 5"
+    objective, teacher = objective_of(bert, [*flags, *other.split()]), embeddings(7, 8, 5)
     tokens = objective.student.tokenizer(SENTENCES[:7], padding=True, return_tensors="pt")
     loss, (simcse, own) = objective(tokens, teacher)
     states = objective.model(**tokens).last_hidden_state[:, 0]
     assert len(objective.projections) == (0 if "distillcse" in flags else 1)
     if "distillcse" in flags:
-        expected = baselines.distribution_loss(states, teacher, 0.025, 0.0125, 0.0)
-        assert simcse.item() == pytest.approx(
-            talas.simcse_loss(states, states, 0.05).item(), rel=1e-4
-        )
+        known = Settings(student_temperature=0.2, teacher_temperature=0.1)
+        expected = baselines.distribution_loss(states, teacher, known, shuffled=False)
+        twice = talas.simcse_loss(states, states, 0.3).item()
+        assert simcse.item() == pytest.approx(twice, rel=1e-4)
     else:
         projected = states @ objective.projections[0]
         distance = "mse" if "mse" in flags else "cosine"
         expected = baselines.distill_loss(projected, teacher, distance)
         if "stella" in flags:
-            expected = baselines.stella_loss(projected, teacher, objective.s)
+            parts = expected, baselines.similarity_loss(projected, teacher)
+            relative = baselines.relative_similarity_loss(projected, teacher, 0.3)
+            expected = 2 * parts[0] + 3 * parts[1] + 5 * relative
         assert simcse.item() == 0
     assert own.item() == pytest.approx(expected.item(), rel=1e-4)
     assert loss.item() == pytest.approx((simcse + own).item(), rel=1e-6)
@@ -167,6 +187,7 @@ def test_each_method_reads_the_last_layer(bert, flags):
 
 def test_distillcse_shuffles_in_training_alone(bert):
     objective, teacher = objective_of(bert, ["--method", "distillcse"]), embeddings(7, 8, 5)
+    object.__setattr__(objective.s, "group_p", 0.5)  # at 0.1 each of the six is its own group
     tokens = objective.student.tokenizer(SENTENCES[:7], padding=True, return_tensors="pt")
     assert objective(tokens, teacher)[0] == objective(tokens, teacher)[0]  # for λ_max
     for module in objective.model.modules():
@@ -257,6 +278,39 @@ def test_stellas_first_stage_trains_the_projection_alone(tmp_path, bert, flags, 
     assert not torch.equal(started[0], seen[0][2]) and not torch.equal(started[1], seen[1][2])
 
 
+def test_an_interrupted_first_stage_leaves_nothing_to_resume(
+    tmp_path, flags, monkeypatch, ends_with_one_line
+):
+    """Neither of its own nor of the run that it was to overwrite."""
+    step, count = talas.training_step, []
+
+    def interrupted(*args):
+        count.append(0)
+        if len(count) == stop:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    stella, out = [*flags, "--method", "stella"], tmp_path / "out"
+    monkeypatch.setattr(talas, "training_step", interrupted)
+    stop = 3
+    ends_with_one_line(lambda: baselines.main(stella), "interrupted", "begins again")
+    assert not out.exists() or not list(out.iterdir())
+    stop = len(count) + 9  # in stage two
+    ends_with_one_line(lambda: baselines.main(stella), "interrupted", "--resume")
+    assert (out / "checkpoint.pt").exists()
+    stop = len(count) + 3
+    ends_with_one_line(lambda: baselines.main([*stella, "--overwrite"]), "begins again")
+    ends_with_one_line(lambda: baselines.main([*stella, "--resume"]), "no checkpoint")
+
+
+def test_a_finished_student_is_not_overwritten(tmp_path, flags, ends_with_one_line):
+    baselines.main(flags)
+    kept = weights(tmp_path / "out")
+    for method in ("distill", "stella"):
+        ends_with_one_line(lambda m=method: baselines.main([*flags, "--method", m]), "--overwrite")
+    assert weights(tmp_path / "out") == kept
+
+
 @pytest.mark.parametrize("optimizer", ["asam", "sam"])
 def test_asam_takes_other_objectives_too(tmp_path, flags, optimizer):
     baselines.main([*flags, "--optimizer", optimizer, "--rho", "0.5", "--sharpness"])
@@ -277,8 +331,14 @@ def test_two_processes_train_stella(tmp_path, flags):
         (["--lambda3", "1"], ["--lambda3"]),
         (["--optimizer", "disam"], ["--optimizer", "disam"]),
         (["--method", "stella", "--batch_size", "2"], ["--batch_size 2", "stella"]),
-        (["--method", "distillcse", "--batch_size", "1"], ["--batch_size 1", "distillcse"]),
-        (["--group_p", "2"], ["--group_p 2.0", "at most 1"]),
+        (["--method", "stella", "--batch_size", "257"], ["--batch_size 257", "256"]),
+        (["--method", "distillcse", "--batch_size", "2"], ["--batch_size 2", "distillcse"]),
+        (["--group_p", "2"], ["--group_p 2.0", "to 1"]),
+        (["--group_p", "1e-320"], ["--group_p 1e-320", "0.001"]),
+        (
+            ["--cosine_weight", "0", "--similarity_weight", "0", "--relative_weight", "0"],
+            ["--relative_weight", "all 0"],
+        ),
         (["--margin", "-1"], ["--margin -1.0", "at least 0"]),
         (["--teacher_temperature", "0"], ["--teacher_temperature 0.0", "above 0"]),
         (["--teacher", "nowhere.pt"], ["nowhere.pt"]),
