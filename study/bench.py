@@ -38,7 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import talas
 from cache_teacher import fingerprint, load_cache
-from study import released
+from study import baselines, released
 from study.results import RESULTS, machine, read_json, record
 
 N, WARM_UP = 32, 4  # sentences a step; turns that do not count
@@ -59,11 +59,17 @@ def turns(cache):
 
 
 # ------------------------------------------------------------- the sides: each a step, to be called
-def ours(cache, name, device, pieces=True, **settings):
-    """A step of talas.train's loop. pieces=False: on a CPU, too, a batch goes through whole."""
-    s, student = talas.Settings(**settings), quietly(load_encoder, name, device=device)
+def ours(cache, name, device, pieces=True, method=None, **settings):
+    """A step of talas.train's loop. pieces=False: on a CPU, too, a batch goes through whole.
+
+    method: one of baselines.py, in place of TALAS.
+    """
+    s, kind = talas.Settings(**settings), talas.Objective
+    if method:
+        s, kind = baselines.Settings(method=method), baselines.Baseline
+    student = quietly(load_encoder, name, device=device)
     corpus, d_T = Corpus(cache, student), cache["embeddings"].shape[1]
-    objective, asam, scheduler = talas.set_up(s, student, d_T if s.lambda2 else 0, 10**6)
+    objective, asam, scheduler = talas.set_up(s, student, d_T if s.lambda2 else 0, 10**6, kind)
     student.model.train()
     rows = turns(cache)
     cut = talas.pieces_of_like_length if pieces else one_piece
@@ -245,6 +251,9 @@ def measured(cache, args, device):
         ),
         "corpus": ("Memory, 1,000,000 sentences / 10,000", "1", side(flat_memory, device)),
     }
+    for method in ("distill", "stella", "distillcse"):
+        label = f"{method}, a step / TALAS step without ASAM"
+        rows[method] = (label, "", compare(side(ours, device, method=method), without))
     possible = {"pieces": device.type == "cpu", "released": args.released}
     possible["caching"] = find_spec("sentence_transformers")
     return {name: row for name, row in rows.items() if possible.get(name, True)}

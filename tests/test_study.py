@@ -247,7 +247,7 @@ def test_the_bench_records_its_rows(bert, cache, tmp_path, ends_with_one_line, m
     monkeypatch.setattr(talas, "hidden_states", counted)
     flags = ["--cache", str(cache), "--student", str(bert), "--results", str(tmp_path / "r.json")]
     flags += ["--turns", "2", "--device", "cpu", "--rows"]
-    bench.main([*flags, "asam", "plain", "memory"])
+    bench.main([*flags, "asam", "plain", "memory", "distillcse"])
     assert max(sizes) < 64 and not sizes.clear()
     bench.main(
         [*flags, "pieces"]
@@ -255,10 +255,10 @@ def test_the_bench_records_its_rows(bert, cache, tmp_path, ends_with_one_line, m
     assert sizes.count(64) == 2 * (bench.WARM_UP + 2)
     (key, found), *others = json.loads((tmp_path / "r.json").read_text()).items()
     assert key == "bench/bert/cpu" and not others
-    assert sorted(found["rows"]) == ["asam", "memory", "pieces", "plain"]
+    assert sorted(found["rows"]) == ["asam", "distillcse", "memory", "pieces", "plain"]
     assert found["rows"]["memory"]["ratio"] == pytest.approx(1.0, abs=0.1)  # one copy of w
     assert all(row["ratio"] > 0 for row in found["rows"].values())
-    assert len(report.tables({key: found})["bench-bert-cpu"][1]) == 4
+    assert len(report.tables({key: found})["bench-bert-cpu"][1]) == 5
     ends_with_one_line(lambda: bench.main([*flags, "released"]), "released")
 
 
