@@ -1,6 +1,6 @@
 """The plots of results.json, SVG for light and dark pages; they alone need matplotlib.
 
-PAIR-terms.svg: the three terms over the steps, T beside STL; PAIR-scores.svg: each task before and
+PAIR-terms.svg: the three terms over the steps, of T and STL; PAIR-scores.svg: each task before and
 after; PAIR-epochs.svg: Avg after each epoch (run.py --each_epoch); PAIR-sharpness.svg: lambda_max.
 """
 
@@ -16,7 +16,7 @@ TERMS = {"simcse": "SimCSE", "tamd": "TAMD", "lasd": "LASD"}
 
 def colour_of(row):
     """The same in every plot."""
-    main = ["T", "STLA", "STL", "S", "ST", "TLA", "STA"]
+    main = ["T", "STLA", "STL", "distill", "stella", "distillcse", "distill-mse"]
     others = [name for name in ROWS if name not in main]
     return GREY if ROWS[row] is None else COLOURS[(main + others).index(row) % len(COLOURS)]
 
@@ -31,7 +31,7 @@ def draw(path, panels, width):
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     plt.rcParams |= dict.fromkeys(inked, GREY) | {"font.size": 9, "svg.fonttype": "none"}
     plt.rcParams |= {"svg.hashsalt": "talas", "font.family": "sans-serif"}
-    how = {"figsize": (width, 3.2), "layout": "constrained", "sharey": True, "squeeze": False}
+    how = {"figsize": (width, 3.2), "layout": "constrained", "squeeze": False}
     picture, axes = plt.subplots(1, len(panels), **how)
     for axis, panel in zip(axes[0], panels):
         panel(axis)
@@ -43,25 +43,13 @@ def draw(path, panels, width):
     plt.close(picture)
 
 
-def plot_terms(history, title):
-    """The three terms over the steps; one that was not computed is all zeros, and left out."""
-
-    def panel(axis):
-        for (key, label), colour in zip(TERMS.items(), COLOURS):
-            if any(history[key]):
-                axis.plot(history["step"], history[key], color=colour, label=label)
-        axis.set(title=title, xlabel="step", yscale="log")
-
-    return panel
-
-
-def plot_lines(curves, title, xlabel):
+def plot_lines(curves, title, xlabel, style="o-"):
     """One line a row: {row: {x: y}}."""
 
     def panel(axis):
         for row, points in curves.items():
             how = {"color": colour_of(row), "label": row}
-            axis.plot(list(points), list(points.values()), "o-", ms=3, **how)
+            axis.plot(list(points), list(points.values()), style, ms=3, **how)
         axis.set(title=title, xlabel=xlabel)
         axis.xaxis.get_major_locator().set_params(integer=True)
 
@@ -80,6 +68,16 @@ def plot_scores(scores):
         axis.set_xticks(tasks, [NAMES.get(task, task) for task in tasks])
 
     return panel
+
+
+def plot_terms(found):
+    """A panel a term, the rows' lines over the steps; a term that a row does not have is zeros."""
+    panels = []
+    for key, label in TERMS.items():
+        curves = {row: entry["history"] for row, entry in found.items()}
+        curves = {row: dict(zip(h["step"], h[key])) for row, h in curves.items() if any(h[key])}
+        panels += [plot_lines(curves, label, "step", "-")] if curves else []
+    return panels
 
 
 def mean_scores(results, pair, row):
@@ -109,7 +107,7 @@ def draw_all(results, folder):
         epochs, sharpness = (mean_curves(results, pair, key) for key in ("epochs", "lambda_max"))
         scores = {row: mean_scores(results, pair, row) for row in shown}
         panels = {
-            "terms": [plot_terms(entry["history"], row) for row, entry in terms.items()],
+            "terms": plot_terms(terms),
             "scores": [plot_scores(scores)] if scores else [],
             "epochs": [plot_lines(epochs, "Avg", "epoch")] if epochs else [],
             "sharpness": [plot_lines(sharpness, "λ_max", "epoch")] if sharpness else [],
