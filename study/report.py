@@ -37,6 +37,7 @@ CLAIMS = {  # what a gain shows: (a row, the row without it)
     "ASAM, ρ 2 for 0.05": ("STLA-rho-2", "STLA"),
     "ASAM for SAM": ("STLA", "STLA-SAM"),
     "ASAM for DISAM": ("STLA", "STLA-DISAM"),
+    "K 1 for 2, TAMD alone": ("distill", "T"),
     "K 2 for 1": ("STLA", "STLA-K-1"),
     "K 2 for 3": ("STLA", "STLA-K-3"),
     "λ3 0.1 for 1": ("STL-lambda3-0.1", "STL"),

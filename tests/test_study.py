@@ -349,11 +349,10 @@ def test_a_file_is_filled_between_its_marks(ends_with_one_line):
 @pytest.mark.parametrize("path", [README, ROOT / "README.md"], ids=["study", "README"])
 def test_no_figure_is_typed(path):
     """The marked tables and figures are what the recorded results give."""
-    if not path.exists() or "<!-- table:" not in path.read_text("utf-8"):
-        pytest.skip("it holds no marked table")
     text = path.read_text("utf-8")
     assert report.fill(text, results.read_json(results.RESULTS)) == text
-    assert len(re.findall("<!-- (?:table|figure):", text)) == len(re.findall("<!-- end -->", text))
+    marks = re.findall("<!-- (?:table|figure):", text)
+    assert len(marks) == len(re.findall("<!-- end -->", text)) > 10
 
 
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="the plots alone need matplotlib")
