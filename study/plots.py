@@ -6,7 +6,7 @@ after; PAIR-epochs.svg: Avg after each epoch (run.py --each_epoch); PAIR-sharpne
 
 import statistics
 
-from study.results import AVERAGES, NAMES, pairs, runs
+from study.results import AVERAGES, NAMES, curves, pairs, runs
 from study.run import ROWS
 
 GREY = "#7d8590"  # of letters and lines: readable on white and on black
@@ -74,9 +74,9 @@ def plot_terms(found):
     """A panel a term, the rows' lines over the steps; a term that a row does not have is zeros."""
     panels = []
     for key, label in TERMS.items():
-        curves = {row: entry["history"] for row, entry in found.items()}
-        curves = {row: dict(zip(h["step"], h[key])) for row, h in curves.items() if any(h[key])}
-        panels += [plot_lines(curves, label, "step", "-")] if curves else []
+        told = {row: entry["history"] for row, entry in found.items()}
+        lines = {row: dict(zip(h["step"], h[key])) for row, h in told.items() if any(h[key])}
+        panels += [plot_lines(lines, label, "step", "-")] if lines else []
     return panels
 
 
@@ -88,13 +88,14 @@ def mean_scores(results, pair, row):
 
 
 def mean_curves(results, pair, key):
-    """{row: {epoch: mean over the seeds}} of what an entry keeps by epoch."""
-    found = {row: [e[key] for e in runs(results, pair, row).values() if e.get(key)] for row in ROWS}
-    return {
-        row: {int(epoch): statistics.fmean(curve[epoch] for curve in curves) for epoch in curves[0]}
-        for row, curves in found.items()
-        if curves
-    }
+    """{row: {epoch: mean over the seeds}}, of the epochs that every seed has."""
+    found = {row: list(curves(results, pair, row, key).values()) for row in ROWS}
+    found = {row: some for row, some in found.items() if some}
+    means = {}
+    for row, some in found.items():
+        epochs = [epoch for epoch in some[0] if all(epoch in curve for curve in some)]
+        means[row] = {int(e): statistics.fmean(curve[e] for curve in some) for e in epochs}
+    return means
 
 
 def draw_all(results, folder):

@@ -57,13 +57,17 @@ def distiller(folder, student, cache, work, **settings):
 def train(folder, s):
     """Train with it by talas.Settings, as far as it has them; leaves what talas.py would leave.
 
-    It is not resumable, and has [CLS] pooling and its own values where talas.py has flags more.
+    It is not resumable, has [CLS] pooling, and takes its own device: a GPU if there is one, with
+    float16 autocast. Its time of a step leaves out the tokenizer, which has processes of its own.
     """
     cache, out = load_cache(s.teacher), Path(s.output)
     settings = {"seed": s.seed, "epochs": s.epochs, "batch_size": s.batch_size}
-    settings |= {"max_length": s.max_length, "learning_rate": s.lr}
+    settings |= {"max_length": s.max_length, "learning_rate": s.lr, "rho": s.rho}
+    settings |= {"temperature": s.temperature, "warmup_ratio": s.warmup_ratio}
+    settings |= {"w_task": s.lambda1, "w_kd": s.lambda2, "w_struct": s.lambda3}
     with tempfile.TemporaryDirectory() as work:
         code = distiller(folder, s.student, cache, work, **settings)
+    code.model_student.float()  # its loss scale can't train weights stored as float16
     code.train()
     encoder = load_encoder(s.student, "cls", s.max_length)
     save_encoder(out, replace(encoder, model=code.model_student))

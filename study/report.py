@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from support import fail
 
 from study import plots
-from study.results import AVERAGES, NAMES, RESULTS, pairs, read_json, runs
+from study.results import AVERAGES, NAMES, RESULTS, curves, pairs, read_json, runs
 from study.run import ROWS
 
 CLAIMS = {  # what a gain shows: (a row, the row without it)
@@ -69,8 +69,10 @@ def scores(results, pair, row, task="avg"):
 
 
 def gains(results, pair, row, without, task="avg"):
-    """What a row scores above another one, with each seed that both have."""
+    """What a row scores above another one, with each seed that both have; an untrained has one."""
     a, b = scores(results, pair, row, task), scores(results, pair, without, task)
+    if ROWS[without] is None:
+        b = {seed: score for seed in a for score in b.values()}
     return [a[seed] - b[seed] for seed in a if seed in b]
 
 
@@ -139,18 +141,16 @@ def winner_table(results, pair):
 
 def sharpness_table(results, pair):
     """The paper's Table 4: λ_max after each epoch, and TALAS's as a part of that without ASAM."""
-    found = {row: runs(results, pair, row).values() for row in ROWS}
-    found = {
-        row: [e["lambda_max"] for e in some if e.get("lambda_max")] for row, some in found.items()
-    }
+    found = {row: curves(results, pair, row, "lambda_max") for row in ROWS}
     found = {row: some for row, some in found.items() if some}
-    epochs = sorted({int(epoch) for some in found.values() for each in some for epoch in each})
+    epochs = {int(epoch) for some in found.values() for each in some.values() for epoch in each}
     rows = []
-    for epoch in map(str, epochs):
-        each = [[one[epoch] for one in some if epoch in one] for some in found.values()]
-        both = [statistics.fmean(v) for row, v in zip(found, each) if row in ("STL", "STLA") and v]
-        ratio = [f"{both[1] / both[0]:.2f}" if len(both) == 2 else "–"]
-        rows.append([epoch, *map(mean_sd, each), *ratio])
+    for epoch in map(str, sorted(epochs)):
+        at = {row: {k: c[epoch] for k, c in found[row].items() if epoch in c} for row in found}
+        with_asam, without = at.get("STLA", {}), at.get("STL", {})
+        ratios = [with_asam[seed] / without[seed] for seed in with_asam if seed in without]
+        rows.append([epoch, *(mean_sd(list(some.values())) for some in at.values())])
+        rows[-1].append(mean_sd(ratios))
     return ["epoch", *found, "STLA / STL"], rows
 
 

@@ -73,6 +73,11 @@ def runs(results, pair, row):
     return {entry["seed"]: entry for entry in sorted(found, key=lambda entry: entry["seed"])}
 
 
+def curves(results, pair, row, key):
+    """{seed: {epoch: value}} of what a row's runs keep by epoch; runs without it are left out."""
+    return {seed: e[key] for seed, e in runs(results, pair, row).items() if e.get(key)}
+
+
 def pairs(results):
     """The pairs that there are runs of."""
     return list(dict.fromkeys(entry["pair"] for entry in results.values() if "pair" in entry))

@@ -56,8 +56,8 @@ ROWS = {  # the flags of talas.py; None: nothing is trained
     "STLA-rho-0.5": "--rho 0.5",
     "STLA-rho-1": "--rho 1",
     "STLA-rho-2": "--rho 2",
-    "STLA-SAM": "--optimizer sam",
-    "STLA-DISAM": "--optimizer disam",
+    "STLA-SAM": "--optimizer sam --rho 0.005",  # note 17
+    "STLA-DISAM": "--optimizer disam --rho 0.005",
     "STLA-K-1": "--anchored_layers 1",
     "STLA-K-3": "--anchored_layers 3",
     "STL-lambda3-0.1": "--optimizer adamw --lambda3 0.1",
@@ -77,7 +77,9 @@ ROWS = {  # the flags of talas.py; None: nothing is trained
 def released_behaviour():
     """LASD from the embedding layer on (l = 0), and new dropout masks in the second pass.
 
-    In these the released code differs from Eqs. 2 and 5 as talas.py reads them.
+    In these the released code differs from Eqs. 2 and 5 as talas.py reads them. Two more things
+    stay as talas.py has them: the learning rate falls to 0 (not to 2e-6), and an epoch's last,
+    incomplete batch is left out.
     """
 
     def with_layer_0(model, batch):
@@ -170,7 +172,11 @@ def run(args, pair, row, seed):
     if old and any(old[name] != entry[name] for name in ("data", "settings")):
         fail(f"{args.results} has {key} with other settings or data; take another file --results")
     if old:
-        return print("done already")
+        asked = {"sharpness": s.sharpness, "each_epoch": args.each_epoch}
+        there = {"sharpness": old.get("lambda_max"), "each_epoch": old.get("epochs")}
+        missing = [f"--{name}" for name in asked if asked[name] and trained and not there[name]]
+        without = f", without {' '.join(missing)}; take another file --results" if missing else ""
+        return print(f"done already{without}")
     out.mkdir(exist_ok=True)
     if trained:
         train(args, pair, row, flags)
@@ -182,7 +188,6 @@ def run(args, pair, row, seed):
         averages = [scores["avg"] for scores in [*earlier, entry["scores"]]]
         entry["epochs"] = {str(epoch): avg for epoch, avg in enumerate(averages, 1)}
     record(args.results, key, entry)
-    shutil.rmtree(out / "epochs", ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -199,7 +204,7 @@ def parse_args(argv):
     flag("--corpus", default="paper", help="as cache_teacher.py has it")
     flag("--data", default="hub", help="as eval.py has it")
     flag("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
-    flag("--each_epoch", action="store_true", help="score the student of every epoch, too")
+    flag("--each_epoch", action="store_true", help="keep and score the student of every epoch")
     flag("--released", help="a clone of the released code, for the row released-code")
     flag("--work", type=Path, default=RESULTS.parent / "runs", help="for caches and students")
     flag("--results", default=RESULTS, help="the file for the scores")
@@ -215,6 +220,7 @@ def parse_args(argv):
 def main(argv=None):
     """The command line: each run in its turn, those of the first seed first."""
     args = parse_args(argv)
+    args.work = args.work.resolve()  # a cache that is not there yet is known by its name
     args.work.mkdir(parents=True, exist_ok=True)
     (args.work / ".gitignore").write_text("*\n")
     for seed, pair, row in product(args.seeds, args.pairs, args.rows):

@@ -242,6 +242,7 @@ class Log:
         self.steps, self.count, self.values = steps, epoch * steps, []
         self.bar = progress(s.epochs * steps, "step", initial=self.count)
         self.write(*read_metrics(s.output, self.count), mode="w")
+        memory_mb(device)  # the first peak is of training, not of what this process did before
 
     def write(self, *lines, mode="a"):
         """Append lines to metrics.jsonl."""

@@ -8,6 +8,7 @@ import re
 import shutil
 import statistics
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,7 +78,12 @@ def test_rows_are_run_once_and_recorded_with_their_settings(pair_b, trained, tmp
     assert str(tmp_path) not in recorded  # nothing of this machine
     run.main([*pair_b, *rows])
     assert len(trained) == 4 and (tmp_path / "results.json").read_text() == recorded
-    assert capsys.readouterr().out.count("done already") == 5
+    assert capsys.readouterr().out.count("done already\n") == 5
+    assert sorted(path.name for path in (tmp_path / "runs" / "B-T-1" / "epochs").iterdir()) == [
+        *"12"
+    ]
+    run.main([*pair_b, *rows, "--each_epoch", "--sharpness"])
+    assert capsys.readouterr().out.count("done already, without --sharpness;") == 4
 
 
 def test_the_other_methods_are_rows_too(pair_b, tmp_path):
@@ -111,6 +117,17 @@ def test_an_interrupted_run_goes_on_from_its_last_epoch(pair_b, trained, tmp_pat
     again = json.loads((tmp_path / "results.json").read_text())["B/STL/42"]
     assert again["scores"] == whole["scores"] and again["settings"] == whole["settings"]
     assert again["epochs"] == whole["epochs"] and list(whole["epochs"]) == ["1", "2"]
+
+
+def test_a_relative_work_folder_is_the_same_run(pair_b, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        run.main([*pair_b, "--rows", "T", "--work", "runs"])
+        shutil.rmtree("runs")
+    assert len(trained) == 1 and "done already" in capsys.readouterr().out
+    assert (
+        json.loads(Path("results.json").read_text())["B/T/42"]["settings"]["teacher"] == "mpnet.pt"
+    )
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(pair_b, trained, tmp_path, capsys):
@@ -304,7 +321,8 @@ def test_the_tables_by_hand():
     flat = [entry("STLA", seed, **scores) for seed in (1, 2)]
     flat = [e | {"lambda_max": {"1": value}} for e, value in zip(flat, (2.0, 4.0))]
     made = report.tables(RESULTS | {"x": flat[0], "y": flat[1]})
-    rows = [["1", "4.00", "3.00 ± 1.41", "0.75"], ["5", "3.00", "–", "–"]]
+    # the ratio is of seed 1, which both have: 2 / 4
+    rows = [["1", "4.00", "3.00 ± 1.41", "0.50"], ["5", "3.00", "–", "–"]]
     assert made["sharpness-B"] == (["epoch", "STL", "STLA", "STLA / STL"], rows)
     assert "cost-B" not in made and "winners-B" not in made
 
@@ -337,9 +355,12 @@ def test_markdown_and_latex():
 def test_a_file_is_filled_between_its_marks(ends_with_one_line):
     text = "<!-- figure:B/STL/avg minus B/T/avg -->9<!-- end -->, "
     text += "<!-- figure:B/T/avg --><!-- end -->\n"
+    text += (
+        "<!-- figure:B/T/avg minus B/before/avg --><!-- end -->\n"  # an untrained one has no seed
+    )
     marked = "<!-- table:sharpness-B -->\nold\n<!-- end -->\n"
     filled = report.fill(text + marked, RESULTS)
-    assert ">+1.50 ± 1.41<" in filled and ">71.00 ± 1.00<" in filled
+    assert ">+1.50 ± 1.41<" in filled and ">71.00 ± 1.00<" in filled and ">+61.00 ± 1.00<" in filled
     assert "| 5 | 3.00 |" in filled and "old" not in filled
     assert report.fill(filled, RESULTS) == filled
     ends_with_one_line(lambda: report.fill("<!-- table:x --><!-- end -->", RESULTS), "x")
@@ -355,12 +376,17 @@ def test_no_figure_is_typed(path):
     assert len(marks) == len(re.findall("<!-- end -->", text)) > 10
 
 
+CURVES = [{"1": 2.0, "2": 5.0}, {"1": 4.0}]  # only epoch 1 is of both seeds
+
+
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="the plots alone need matplotlib")
 def test_plots(tmp_path):
     history = {"step": [50, 100], "simcse": [0, 0], "tamd": [0.9, 0.5], "lasd": [0.1, 0.2]}
     found = {key: entry | {"history": history} for key, entry in RESULTS.items()}
     from study import plots
 
+    sharp = {str(seed): entry("T", seed) | {"lambda_max": c} for seed, c in enumerate(CURVES)}
+    assert plots.mean_curves(sharp, "B", "lambda_max") == {"T": {1: 3.0}}
     plots.draw_all(found, tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["B-scores.svg", "B-sharpness.svg", "B-terms.svg"]

@@ -510,6 +510,16 @@ def test_table3_time_and_memory_by_hand(tmp_path):
     assert runs.cost(tmp_path) == pytest.approx(expected)
 
 
+def test_the_first_peak_of_memory_is_of_training(tmp_path, monkeypatch):
+    """What the process did before, such as running the teacher, is not in a run's first line."""
+    peaks = [9000.0, 10.0]  # of an accelerator: reading a peak begins the next one
+    monkeypatch.setattr(runs, "memory_mb", lambda device: peaks.pop(0))
+    log = runs.Log(Settings(student="x", output=str(tmp_path), epochs=1), ["loss"], 1, 0, None)
+    log.begin()
+    log.step(torch.tensor([1.0]), 0.1)
+    assert metrics(tmp_path)[0][0]["memory_mb"] == 10 and not peaks
+
+
 # ---------------------------------------------------------------------------- Table 4, in a run
 def test_table4_lambda_max_is_that_of_the_mean_loss_without_dropout_and_leaves_no_trace(
     tmp_path, cache
