@@ -32,6 +32,7 @@ CLAIMS = {  # what a gain shows: (a row, the row without it)
     "ASAM with all three": ("STLA", "STL"),
     "SimCSE with ASAM": ("STLA", "TLA"),
     "LASD with ASAM": ("STLA", "STA"),
+    "ASAM beside SimCSE and TAMD": ("STA", "ST"),
     "ASAM, ρ 0.5 for 0.05": ("STLA-rho-0.5", "STLA"),
     "ASAM, ρ 1 for 0.05": ("STLA-rho-1", "STLA"),
     "ASAM, ρ 2 for 0.05": ("STLA-rho-2", "STLA"),
