@@ -184,7 +184,7 @@ class ASAM:
     """Adaptive sharpness-aware minimization, Eq. 2, around an ordinary optimizer.
 
         L(w).backward();  ascent_step()     # w -> w̃ = w + ε̂
-        L(w̃).backward();  descent_step()    # back to w; the optimizer steps with the gradient at w̃
+        L(w̃).backward();  descent_step()    # back to w; the optimizer steps by the gradient at w̃
 
     ε̂ = ρ T_w² ∇L(w) / ‖T_w ∇L(w)‖₂ with T_w = diag(|w| + η); adaptive=False sets T_w = I, which is
     SAM (Eq. 9). After Kwon et al., 2021.
