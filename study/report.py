@@ -5,13 +5,15 @@
     pip install matplotlib==3.11.2 && python study/report.py --plots study    # plots.py
 
 A file to be filled holds <!-- table:NAME --> ... <!-- end -->, which becomes the table of that name
-(scores-B, gains-B, winners-B, sharpness-B, cost-B, geometry, bench-student-cls-cpu). Within a line
+(scores-B, noise-B, gains-B, winners-B, sharpness-B, cost-B, geometry, bench-student-cls-cpu). Within
+a line
 <!-- figure:PAIR/ROW/TASK --> ... <!-- end --> becomes that score, <!-- figure:A minus B --> ...
 <!-- end --> a gain, and <!-- figure:geometry/NAME/LAYER/KEY --> ... <!-- end --> geometry.py's.
 Of several seeds: the mean ± the standard deviation (of a sample, n - 1).
 """
 
 import argparse
+import math
 import re
 import statistics
 import sys
@@ -20,6 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from support import fail
+
+from scipy.stats import t
 
 from study import plots
 from study.results import AVERAGES, NAMES, RESULTS, curves, pairs, read_json, runs
@@ -111,6 +115,24 @@ def score_table(results, pair):
     return header, rows
 
 
+def noise_table(results, pair):
+    """By how much two single runs differ through their seeds alone: less than this 19 times of 20.
+
+    The variance of a run is pooled over the rows that have several seeds.
+    """
+    rows = [row for row in ROWS if len(runs(results, pair, row)) > 1]
+    tasks = runs(results, pair, rows[0]).popitem()[1]["scores"] if rows else []
+    cells = {}
+    for task in tasks:
+        found = [list(scores(results, pair, row, task).values()) for row in rows]
+        found = [some for some in found if len(some) > 1]
+        free = sum(len(some) - 1 for some in found)
+        squares = sum(statistics.variance(some) * (len(some) - 1) for some in found)
+        bound = t.ppf(0.975, free) * math.sqrt(2 * squares / free) if free else None
+        cells[AVERAGES.get(task) or NAMES.get(task, task)] = f"{bound:.2f}" if free else "–"
+    return ["", *cells], [["two single runs", *cells.values()]] if cells else []
+
+
 def gain_table(results, pair):
     """What each part of the method is worth: the gain in Avg, and on how many tasks it is one."""
     rows = []
@@ -157,18 +179,16 @@ def sharpness_table(results, pair):
 
 def cost_table(results, pair):
     """The paper's Table 3: time and memory; memory only where an accelerator counted it."""
-    names = {
-        "ms_per_step": "ms/step",
-        "mean_mb": "mean MB",
-        "peak_mb": "peak MB",
-        "std_mb": "std MB",
-    }
+    names = {"ms_per_step": "ms/step"}
+    names |= {f"{kind}_mb": f"{kind} MB" for kind in ("mean", "peak", "std")}
+    costs = {row: [e.get("cost", {}) for e in runs(results, pair, row).values()] for row in ROWS}
+    costs = {row: some for row, some in costs.items() if any(some)}
+    keys = [key for key in names if any(cost.get(key) for some in costs.values() for cost in some)]
     rows = []
-    for row in ROWS:
-        costs = [entry["cost"] for entry in runs(results, pair, row).values() if "cost" in entry]
-        if costs:
-            rows.append([row, *(mean_sd([c[key] for c in costs if c.get(key)]) for key in names)])
-    return ["", *names.values()], rows
+    for row, some in costs.items():
+        cells = [mean_sd([cost[key] for cost in some if cost.get(key)]) for key in keys]
+        rows.append([row, *cells])
+    return ["", *(names[key] for key in keys)], rows
 
 
 def geometry_table(results):
@@ -197,7 +217,7 @@ def tables(results):
     found = {}
     for pair in pairs(results):
         makers = {"scores": score_table, "gains": gain_table, "cost": cost_table}
-        makers |= {"sharpness": sharpness_table, "winners": winner_table}
+        makers |= {"sharpness": sharpness_table, "winners": winner_table, "noise": noise_table}
         found |= {f"{kind}-{pair}": make(results, pair) for kind, make in makers.items()}
     found["geometry"] = geometry_table(results)
     benches = {key: e for key, e in results.items() if key.startswith("bench/")}

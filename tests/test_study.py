@@ -327,6 +327,27 @@ def test_the_tables_by_hand():
     assert "cost-B" not in made and "winners-B" not in made
 
 
+def test_how_far_two_runs_differ_by_chance():
+    # squares of deviations: T's 1, 0, 1 in Avg and 42/9 in STS-B; STL's (2.83² = 8) and 0; of
+    # 2 + 1 degrees of freedom, for which t at 0.975 is 3.182 in every table of it
+    (header, (row,)) = report.tables(RESULTS)["noise-B"]
+    assert header == ["", "STS-B", "Avg-In", "Avg-Out", "Avg"]
+    stsb, avg = (f"{3.18245 * (2 * squares / 3) ** 0.5:.2f}" for squares in (42 / 9, 2 + 8))
+    assert row == ["two single runs", stsb, stsb, "–", avg]
+    one_each = {key: RESULTS[key] for key in ("B/before", "B/T/1", "B/STL/1")}
+    assert "noise-B" not in report.tables(one_each)
+
+
+def test_the_cost_of_a_step():
+    costs = [{"ms_per_step": 100.0}, {"ms_per_step": 300.0}, {}]
+    found = {str(i): entry("T", i, avg=1.0) | {"cost": cost} for i, cost in enumerate(costs)}
+    assert report.tables(found)["cost-B"] == (["", "ms/step"], [["T", "200.00 ± 141.42"]])
+    on_a_gpu = entry("S", 1, avg=1.0) | {"cost": {"ms_per_step": 50.0, "peak_mb": 9.0}}
+    header, rows = report.tables(found | {"x": on_a_gpu})["cost-B"]
+    assert header == ["", "ms/step", "peak MB"]
+    assert rows == [["S", "50.00", "9.00"], ["T", "200.00 ± 141.42", "–"]]
+
+
 def test_who_wins_on_which_task():
     entries = [
         entry("STLA", 1, stsb=5.0, avg=70.0),
