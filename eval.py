@@ -184,7 +184,7 @@ def evaluate(name, tasks, in_domain, args):
     known, scores = {}, {}  # each distinct sentence is embedded once
     for task_name, task in tasks.items():
         rows = [row for split in ("train", "test") for row in task.get(split, [])]
-        texts = [row[c] for row in rows for c in ("text", "sentence1", "sentence2") if c in row]
+        texts = [row[c] for row in rows for c in list(KINDS[task["kind"]])[:-1]]
         if new := [text for text in dict.fromkeys(texts) if text not in known]:
             vectors = embed(new, f"{Path(name).name} {task_name}")
             if not np.isfinite(vectors).all():

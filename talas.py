@@ -230,7 +230,7 @@ class ASAM:
 
 # ------------------------------------------------------------------------------------- Algorithm 1
 def training_step(objective, asam, tokens, teacher, domains, s):
-    """One step of Algorithm 1: w moves. Returns the values that METRICS names, (5,)."""
+    """One step of Algorithm 1: w moves. Returns the values that objective.metrics names."""
     devices = [] if domains.device.type == "cpu" else [domains.device]
     if s.optimizer == "adamw":  # no ascent step: w̃ = w
         loss, terms = objective(tokens, teacher)
@@ -264,7 +264,7 @@ def batches(n, s, epoch):
 
 
 def set_up(s, student, d_T, steps, kind=Objective):
-    """(objective, ASAM, scheduler): AdamW with a warmed-up cosine schedule, inside ASAM or SAM."""
+    """(objective, ASAM, scheduler): AdamW, warm-up and cosine over all steps, inside ASAM or SAM."""
     # The cosine of Eq. 3 ignores the length of W_l, which only slows its turning: start small.
     K = s.anchored_layers if s.lambda2 else 0
     projections = [torch.randn(student.dimensions, d_T) * 1e-3 for _ in range(K)]  # (d_S, d_T)

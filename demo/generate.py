@@ -235,6 +235,7 @@ def graded(rng, say_new, new, rows):
 
 
 def write(path, rows):
+    """Write rows, dicts, to a JSON Lines file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

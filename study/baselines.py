@@ -1,8 +1,9 @@
-"""Table 1's other methods that need no more than the cached embeddings of the teacher.
+"""Other methods that need no more than the cached embeddings of the teacher.
 
     python study/baselines.py --method distill --teacher bge-m3.pt --student ...
 
-The methods: distill (--distance cosine or mse), stella, distillcse. The loop, the batches, the
+The methods: stella and distillcse, of Table 1, and the plainest one, distill (--distance cosine or
+mse), which the paper does not have. The loop, the batches, the
 optimizer, the student, the cache and all files are those of talas.py, and so are the flags; only
 the objective differs, and AdamW is the default optimizer. What their papers leave open, and where
 this departs from them, stands in study/README.md.
@@ -34,7 +35,7 @@ from cache_teacher import load_cache
 class Settings(talas.Settings):
     """Those of talas.py but for TALAS's own, and each method's, which the others do not read."""
 
-    method: Literal["distill", "stella", "distillcse"] = HfArg(default="distill", help="of Table 1")
+    method: Literal["distill", "stella", "distillcse"] = HfArg(default="distill", help="which")
     distance: Literal["cosine", "mse"] = HfArg(default="cosine", help="distill's, to the teacher")
     cosine_weight: float = HfArg(default=10.0, help="stella's, of the cosine loss")
     similarity_weight: float = HfArg(default=200.0, help="stella's, of the similarity loss")

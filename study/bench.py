@@ -27,9 +27,9 @@ from unittest import mock
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from support import fail
+from support import fail, one_line
 from support.encoder import Corpus, encode, pool, tokenize
-from support.files import save
+from support.files import positive, save
 from support.loading import load_encoder
 from support.run import memory_mb, pick_device
 
@@ -259,15 +259,16 @@ def measured(cache, args, device):
     return {name: row for name, row in rows.items() if possible.get(name, True)}
 
 
+@one_line
 def main(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    flag = parser.add_argument
+    flag, parser.error = parser.add_argument, fail
     flag("--cache", default="teacher.pt", help="a teacher cache")
     flag("--student", required=True, help="directory or Hub id of the student to train")
     flag("--released", help="a clone of the released code")
     flag("--rows", nargs="*", help="some of the rows; all without it")
-    flag("--turns", type=int, default=24, help="turns of each side")
+    flag("--turns", type=positive, default=24, help="turns of each side")
     flag("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
     flag("--results", default=RESULTS, help="the file for the rows")
     args = parser.parse_args(argv)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from support import fail, one_line
 from support.encoder import Corpus
 from support.loading import load_encoder
 
@@ -59,15 +60,18 @@ def geometry(layers, projections, teacher):
     return found
 
 
+@one_line
 def main(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    flag = parser.add_argument
+    flag, parser.error = parser.add_argument, fail
     flag("students", nargs="+", type=Path, help="directories, with or without projections.pt")
     flag("--teacher", default="teacher.pt", help="the cache")
     flag("--names", nargs="*", help="what to call them; else their directories' names")
     flag("--results", default=RESULTS, help="the file for the figures")
     args = parser.parse_args(argv)
+    if args.names and len(args.names) != len(args.students):
+        fail(f"--names: give {len(args.students)}, one for each student")
     cache = load_cache(args.teacher)
     n = len(cache["sentences"])
     rows = torch.arange(0, n, max(n // SENTENCES, 1))[:SENTENCES]

@@ -5,9 +5,8 @@
     pip install matplotlib==3.11.2 && python study/report.py --plots study    # plots.py
 
 A file to be filled holds <!-- table:NAME --> ... <!-- end -->, which becomes the table of that name
-(scores-B, noise-B, gains-B, winners-B, sharpness-B, cost-B, geometry, bench-student-cls-cpu). Within
-a line
-<!-- figure:PAIR/ROW/TASK --> ... <!-- end --> becomes that score, <!-- figure:A minus B --> ...
+(scores-B, noise-B, gains-B, winners-B, sharpness-B, cost-B, geometry, bench-student-cls-cpu). In a
+line <!-- figure:PAIR/ROW/TASK --> ... <!-- end --> becomes that score, <!-- figure:A minus B --> ...
 <!-- end --> a gain, and <!-- figure:geometry/NAME/LAYER/KEY --> ... <!-- end --> geometry.py's.
 Of several seeds: the mean ± the standard deviation (of a sample, n - 1).
 """
@@ -21,7 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from support import fail
+from support import fail, one_line
+from support.files import attempt
 
 from scipy.stats import t
 
@@ -82,9 +82,10 @@ def gains(results, pair, row, without, task="avg"):
 
 
 def figure(results, name):
-    """A score, "PAIR/ROW/TASK", a gain, "PAIR/ROW/TASK minus PAIR/ROW/TASK", or of geometry.py
+    """One figure as text; ends the program if there is no such figure.
 
-    "geometry/NAME/LAYER/KEY"; as text.
+    A score, "PAIR/ROW/TASK"; a gain, "PAIR/ROW/TASK minus PAIR/ROW/TASK"; or one of geometry.py's,
+    "geometry/NAME/LAYER/KEY".
     """
     if name.startswith("geometry/") and name.count("/") == 3:
         _, who, layer, key = name.split("/")
@@ -259,10 +260,11 @@ def fill(text, results):
     return re.sub(marks, replace, text, flags=re.DOTALL)
 
 
+@one_line
 def main(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    flag = parser.add_argument
+    flag, parser.error = parser.add_argument, fail
     flag("files", nargs="*", type=Path, help="Markdown files to fill; else study/README.md")
     flag("--latex", type=Path, help="write every table to this file, for LaTeX")
     flag("--plots", type=Path, help="write the plots to this folder")
@@ -270,10 +272,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     results = read_json(args.results)
     for path in args.files or [RESULTS.parent / "README.md"]:
-        path.write_text(fill(path.read_text("utf-8"), results), "utf-8")
+        with attempt(f"read {path}"):
+            text = path.read_text("utf-8")
+        path.write_text(fill(text, results), "utf-8")
     if args.latex:
         made = tables(results)
-        args.latex.write_text("\n".join(f"% {n}\n{latex(*made[n])}" for n in made), "utf-8")
+        with attempt(f"write {args.latex}"):
+            args.latex.write_text("\n".join(f"% {n}\n{latex(*made[n])}" for n in made), "utf-8")
     if args.plots:
         plots.draw_all(results, args.plots)
 

@@ -53,7 +53,7 @@ def machine():
 def describe(out):
     """What a training left in its folder beside the weights: settings, versions, cost, curves."""
     told, lines = read_json(out / "talas.json"), read_metrics(out)
-    steps = [line for line in lines if "loss" in line][4::5]  # every fiftieth step
+    steps = [line for line in lines if "loss" in line and line["step"] % 50 == 0]
     kept = [key for key in HISTORY if all(key in line for line in steps)]
     ends = [line for line in lines if line.get("lambda_max") is not None]
     if not torch.accelerator.is_available():  # on a CPU the process holds earlier runs' memory, too

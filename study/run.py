@@ -65,7 +65,7 @@ ROWS = {  # the flags of talas.py; None: nothing is trained
     "STL-detach_guide": "--optimizer adamw --detach_guide",
     "STLA-released": "",  # with released_behaviour()
     "released-code": "",  # the authors' own, from --released
-    "distill": "--method distill",  # these are Table 1's other methods, by baselines.py
+    "distill": "--method distill",  # these four are by baselines.py
     "distill-mse": "--method distill --distance mse",
     "stella": "--method stella",
     "distillcse": "--method distillcse",
@@ -135,7 +135,10 @@ def train(args, pair, row, flags):
     """Train one row, unless its output holds just that; an interrupted training goes on."""
     s, program = settings_of(row, flags)
     out = Path(s.output)
-    if portable(read_json(out / "talas.json").get("settings", {})) == portable(asdict(s)):
+    told = read_json(out / "talas.json").get("settings", {})
+    lacking = s.sharpness and not told.get("sharpness")
+    lacking = lacking or (args.each_epoch and not (out / "epochs").exists())
+    if portable(told) == portable(asdict(s)) and not lacking:
         return
     make_cache(args, pair, s.teacher)
     if row == "released-code":
@@ -182,7 +185,8 @@ def run(args, pair, row, seed):
         train(args, pair, row, flags)
         entry |= describe(out)
     model = {"teacher": teacher, "before": student}.get(row, str(out))
-    epochs = sorted((out / "epochs").glob("*"), key=lambda path: int(path.name))[:-1]
+    epochs = [out / "epochs" / str(epoch) for epoch in range(1, s.epochs)]
+    epochs = epochs if all(path.exists() for path in epochs) else []  # kept from the first on
     entry["scores"], *earlier = score(args, out, model, *map(str, epochs))
     if earlier:
         averages = [scores["avg"] for scores in [*earlier, entry["scores"]]]

@@ -10,6 +10,7 @@ from support.run import progress
 import inspect
 import json
 import os
+import zlib
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -184,9 +185,15 @@ def encode(encoder, tokens, batch_size, label=None, part=None):
             embeddings[rows] = vectors
             if part:
                 with attempt(f"write {part}"), open(part, "ab") as file:
-                    file.write(vectors.numpy().tobytes())
+                    file.write(sealed(vectors.numpy()).tobytes())
             bar.update(len(rows))
     return embeddings
+
+
+def sealed(rows):
+    """Rows for a file that may be torn, float32 (m, d) -> uint32 (m, d + 1): last a checksum."""
+    bits = np.ascontiguousarray(rows).view(np.uint32)
+    return np.column_stack([bits, np.array([zlib.crc32(row) for row in bits], dtype=np.uint32)])
 
 
 def read_part(path, embeddings, batch_size):
@@ -197,12 +204,13 @@ def read_part(path, embeddings, batch_size):
     n, d = embeddings.shape
     with attempt(f"write {path}"):
         Path(path).touch()
-        values = np.fromfile(path, dtype=np.float32, count=n * d)
-        rows = values[: len(values) // d * d].reshape(-1, d)
-        bad = ~(np.isfinite(rows) & (rows != 0)).all(1)  # a hole in the file reads as zeros
-        usable = int(bad.argmax()) if bad.any() else len(rows)
+        bits = np.fromfile(path, dtype=np.uint32, count=n * (d + 1))
+        bits = bits[: len(bits) // (d + 1) * (d + 1)].reshape(-1, d + 1)
+        rows = np.ascontiguousarray(bits[:, :d]).view(np.float32)
+        torn = (sealed(rows) != bits).any(1) | ~(np.isfinite(rows).all(1) & rows.any(1))
+        usable = int(torn.argmax()) if torn.any() else len(rows)
         usable -= usable % batch_size
-        os.truncate(path, 4 * d * usable)
+        os.truncate(path, 4 * (d + 1) * usable)
     if usable:
         print(f"going on where it stopped: {usable} sentences are embedded")
     return torch.from_numpy(rows[:usable])

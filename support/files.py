@@ -34,7 +34,7 @@ def attempt(what):
     """Make any error in this block one line, the fault of the user's file: keep the block small."""
     try:
         yield
-    except (NameError, AssertionError):
+    except NameError:
         raise  # no file's fault
     except Exception as error:
         fail(f"cannot {what}: {reason(error)}")
@@ -95,7 +95,7 @@ def alone(output):
     """Keep other runs from writing to this output, a file or a folder, while the block lasts."""
     path = Path(output).absolute()
     path = path.with_name(f".{path.name}.talas-lock")
-    lock = FileLock(path)
+    lock, made = FileLock(path), [folder for folder in path.parents if not folder.exists()]
     check_writable(output)
     with attempt(f"write {output}"):
         try:
@@ -107,6 +107,9 @@ def alone(output):
     finally:
         path.unlink(missing_ok=True)
         lock.release()
+        with suppress(OSError):  # a run that wrote nothing leaves no folder behind
+            for folder in made:
+                folder.rmdir()
 
 
 def positive(text):

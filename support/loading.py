@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
 from tokenizers.normalizers import Lowercase, Sequence
@@ -40,7 +41,9 @@ def read_model_json(name, file, needed=True):
             try:
                 path = Path(cached_file(name, file))
             except OSError as error:
-                if isinstance(error.__cause__, LocalEntryNotFoundError) and needed:
+                # out of reach, but an earlier visit may have left word that there is no such file
+                known = try_to_load_from_cache(name, file) is _CACHED_NO_EXIST
+                if isinstance(error.__cause__, LocalEntryNotFoundError) and needed and not known:
                     fail(
                         f"cannot reach {file} of {name}; is the name right? --pooling needs no file"
                     )

@@ -28,12 +28,16 @@ ADVICE = "try a lower --lr or --rho with another --output; the last whole epoch 
 
 
 # ------------------------------------------------------------------------- devices and processes
+def accelerator():
+    """The accelerator that `auto` takes, or None. A Mac's is left out: it was never tried."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None or found.type == "mps" else found
+
+
 def pick_device(name):
     """The torch device of that name; `auto` is the accelerator if there is one, else the CPU."""
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    best = "cpu" if str(best) == "mps" else best  # its random state can't be replayed
     with attempt(f"use --device {name} (auto and cpu always work)"):
-        probe = torch.zeros(1, device=best if name == "auto" else name)
+        probe = torch.zeros(1, device=accelerator() or "cpu" if name == "auto" else name)
         probe.item()  # a device that computes nothing, such as meta, fails here
         return probe.device
 
@@ -86,12 +90,13 @@ def joined(device):
         return
     with attempt(f"join torchrun's processes by {', '.join(sorted(names))}"):
         local = int(os.environ["LOCAL_RANK"])
-        devices = 0 if device == "cpu" else torch.accelerator.device_count()
+        on_cpu = device == "cpu" or accelerator() is None
+        devices = 0 if on_cpu else torch.accelerator.device_count()
         if 0 < devices <= local or ":" in device:
             fail(f"torchrun needs a device for each process: there are {devices}, not --device X:N")
         if devices:
             torch.accelerator.set_device_index(local)
-        distributed.init_process_group("gloo" if device == "cpu" else None)
+        distributed.init_process_group("gloo" if on_cpu else None)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     yield

@@ -6,6 +6,7 @@ from support.data import read_corpus
 import json
 import os
 import signal
+import zlib
 
 import numpy as np
 import pytest
@@ -52,6 +53,18 @@ def test_algorithm1_line_3_caches_what_the_model_gives_one_sentence_at_a_time(
             hidden = model(input_ids=ids).last_hidden_state[0]
         expected = {"cls": hidden[0], "mean": hidden.mean(0), "last": hidden[-1]}[pooling]
         torch.testing.assert_close(embedding, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_appendix_d_the_seed_draws_the_sample(tmp_path, corpus, monkeypatch):
+    asked = []
+
+    def sample(name, seed):
+        asked.append((name, seed))
+        return read_corpus(corpus)
+
+    monkeypatch.setattr(cache_teacher, "read_corpus", sample)
+    run("--corpus", "paper", "--seed", 7, "--output", tmp_path / "t.pt")
+    assert asked == [("paper", 7)]
 
 
 def test_lsa_puts_words_of_the_same_company_together():
@@ -119,13 +132,16 @@ def killed_at_batch(number):
     encoder.pad = kill
 
 
+ROW = 4 * (32 + 1)  # bytes of a row of the part file: 32 dimensions and a checksum
+
+
 @pytest.fixture
 def halfway(tmp_path, corpus, bert):
     """Flags of a run that was killed after seven of its ten batches; its output is t.pt."""
     flags = ["--teacher", bert, "--corpus", corpus, "--batch_size", 5]
     flags += ["--output", tmp_path / "t.pt"]
     assert in_a_process(lambda: (killed_at_batch(8), run(*flags))) == -9
-    assert len(part_of(tmp_path)) == 4 * 32 * 35
+    assert len(part_of(tmp_path)) == 35 * ROW
     return flags
 
 
@@ -140,7 +156,12 @@ def zeros(first, last):
     return lambda part: part[:first] + bytes(last - first) + part[last:]
 
 
-ROW, NAN = 4 * 32, np.float32("nan").tobytes()
+def with_a_nan(part):
+    """The seventh row begins with a NaN, and its checksum says that it was written so."""
+    row = np.float32("nan").tobytes() + part[6 * ROW + 4 : 7 * ROW - 4]
+    return part[: 6 * ROW] + row + zlib.crc32(row).to_bytes(4, "little") + part[7 * ROW :]
+
+
 DAMAGE = {  # what became of the part file of 35 rows, and the batches that are then still to do
     "none": (bytes, [5, 5, 3]),
     "torn": (lambda part: part[:-7], [5, 5, 5, 3]),
@@ -148,7 +169,8 @@ DAMAGE = {  # what became of the part file of 35 rows, and the batches that are 
     "a hole of rows": (zeros(12 * ROW, 20 * ROW), [5] * 7 + [3]),
     "a hole in a row": (zeros(12 * ROW + 64, 13 * ROW), [5] * 7 + [3]),
     "a hole at the end of a batch": (zeros(10 * ROW - 4, 10 * ROW), [5] * 8 + [3]),
-    "not finite": (lambda part: part[: 6 * ROW] + NAN + part[6 * ROW + 4 :], [5] * 8 + [3]),
+    "a bit": (lambda part: part[: 6 * ROW] + b"?" + part[6 * ROW + 1 :], [5] * 8 + [3]),
+    "not finite": (with_a_nan, [5] * 8 + [3]),
     "all of it": (lambda part: part + part[: 13 * ROW], []),
     "too much": (lambda part: part + part, []),
 }
@@ -173,6 +195,23 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert not list(tmp_path.glob("*.part*"))
 
 
+def test_an_embedding_may_hold_zeros(tmp_path, corpus, bert, monkeypatch):
+    """As many of a bfloat16 model do: it is not taken for a hole in the file."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(bert / "model.safetensors")
+    for name in ("weight", "bias"):
+        weights[f"encoder.layer.2.output.LayerNorm.{name}"][3] = 0.0
+    save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
+    flags = ["--teacher", bert, "--corpus", corpus, "--batch_size", 5]
+    flags += ["--output", tmp_path / "t.pt"]
+    assert in_a_process(lambda: (killed_at_batch(8), run(*flags))) == -9
+    sizes = all_batches(monkeypatch)
+    run(*flags)
+    assert sizes == [5, 5, 3]
+    assert not read(tmp_path / "t.pt")["embeddings"][:, 3].any()
+
+
 def test_ctrl_c_keeps_what_is_embedded(tmp_path, corpus, bert, monkeypatch, ends_with_one_line):
     flags = ["--teacher", bert, "--corpus", corpus, "--batch_size", 5]
     flags += ["--output", tmp_path / "t.pt"]
@@ -189,6 +228,24 @@ def test_ctrl_c_keeps_what_is_embedded(tmp_path, corpus, bert, monkeypatch, ends
     sizes = all_batches(monkeypatch)
     run(*flags)
     assert sizes == [5] * 6 + [3]
+
+
+def test_a_full_memory_is_one_line(tmp_path, corpus, bert, monkeypatch, ends_with_one_line):
+    forward, calls = encoder.forward, []
+
+    def full(*args, **how):
+        calls.append(0)
+        if len(calls) > 4:  # the first is of the look at the model when it is loaded
+            raise torch.OutOfMemoryError("of 80 GiB ...")
+        return forward(*args, **how)
+
+    flags = ["--teacher", bert, "--corpus", corpus, "--output", tmp_path / "t.pt"]
+    monkeypatch.setattr(encoder, "forward", full)
+    ends_with_one_line(lambda: run(*flags, "--batch_size", 5), "out of memory", "--batch_size")
+    monkeypatch.setattr(encoder, "forward", forward)
+    sizes = all_batches(monkeypatch)
+    run(*flags, "--batch_size", 3)  # as the line advises; what is embedded stays
+    assert sizes == [3] * 11
 
 
 def test_only_the_files_of_this_run_are_removed(halfway, tmp_path):
@@ -487,6 +544,7 @@ MISTAKES = [
     (["--pooling", "max"], ["--pooling", "cls"]),
     (["--device", "quantum"], ["--device quantum"]),
     (["--device", "meta"], ["--device meta"]),
+    (["--device", "cuda"], ["--device cuda"]),
     (["--outptu", "x"], ["--outptu"]),
     (["--over"], ["--over"]),
     (["--output", "no/such/folder/t.pt"], ["no/such/folder"]),

@@ -379,12 +379,31 @@ FLAGS = [
     (["--tables"], ["--tables"]),
     (["no/such/model", "--tasks", "captions"], ["no/such/model"]),
     (["--device", "quantum", "--tasks", "captions"], ["--device quantum"]),
+    (["--device", "cuda", "--tasks", "captions"], ["--device cuda"]),
 ]
 
 
 @pytest.mark.parametrize("flags, words", FLAGS)
 def test_a_mistake_on_the_command_line_is_one_line(flags, words, ends_with_one_line):
     ends_with_one_line(lambda: run("lsa", *flags), *words)
+
+
+def test_max_length_cuts_what_a_model_reads(folder, bert, capsys):
+    run(bert, "--data", folder, "--tasks", "stsb")
+    assert "cut after" not in capsys.readouterr().out
+    run(bert, "--data", folder, "--tasks", "stsb", "--max_length", 5)
+    assert "cut after 5 tokens" in capsys.readouterr().out
+
+
+def test_a_column_of_another_kind_is_not_read(folder, bert, tmp_path):
+    """A pair with a text that is none: only what the task's kind needs is embedded."""
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    run(bert, "--data", folder, "--tasks", "stsb", "--json", before)
+    path = folder / "stsb" / "test.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    write(path, [row | {"text": ["of", "no", "kind"]} for row in rows])
+    run(bert, "--data", folder, "--tasks", "stsb", "--json", after)
+    assert before.read_text() == after.read_text()
 
 
 TASKS_JSON = ["[", "[]", "{}", "null", '{"in_domain": "stsb"}', '{"in_domain": [1]}', "[" * 100_000]

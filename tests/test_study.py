@@ -84,6 +84,11 @@ def test_rows_are_run_once_and_recorded_with_their_settings(pair_b, trained, tmp
     ]
     run.main([*pair_b, *rows, "--each_epoch", "--sharpness"])
     assert capsys.readouterr().out.count("done already, without --sharpness;") == 4
+    other = ["--results", str(tmp_path / "other.json"), "--rows", "STL", "--seeds", "1"]
+    run.main([*pair_b, *other, "--each_epoch", "--sharpness"])  # what it advises
+    again = json.loads((tmp_path / "other.json").read_text())["B/STL/1"]
+    assert again["scores"] == found["B/STL/1"]["scores"] and len(trained) == 5
+    assert list(again["lambda_max"]) == list(again["epochs"]) == ["1", "2"]
 
 
 def test_the_other_methods_are_rows_too(pair_b, tmp_path):
@@ -117,6 +122,11 @@ def test_an_interrupted_run_goes_on_from_its_last_epoch(pair_b, trained, tmp_pat
     again = json.loads((tmp_path / "results.json").read_text())["B/STL/42"]
     assert again["scores"] == whole["scores"] and again["settings"] == whole["settings"]
     assert again["epochs"] == whole["epochs"] and list(whole["epochs"]) == ["1", "2"]
+    shutil.rmtree(tmp_path / "runs" / "B-STL-42" / "epochs" / "1")  # not kept from the first on
+    (tmp_path / "results.json").unlink()
+    run.main([*pair_b, "--rows", "STL"])
+    last = json.loads((tmp_path / "results.json").read_text())["B/STL/42"]
+    assert last["scores"] == whole["scores"] and "epochs" not in last
 
 
 def test_a_relative_work_folder_is_the_same_run(pair_b, trained, tmp_path, monkeypatch, capsys):
@@ -160,7 +170,8 @@ def test_other_settings_or_data_are_not_taken_for_the_same_run(
 
 
 def test_what_a_training_left(tmp_path):
-    lines = [{"step": 10 * i, "loss": 1.0, "simcse": i, "tamd": 0.5} for i in range(1, 12)]
+    steps = [10, 20, 30, 40, 44, 50, 60, 70, 80, 88, 90, 100, 110]  # epochs of 44 steps
+    lines = [{"step": step, "loss": 1.0, "simcse": step / 10, "tamd": 0.5} for step in steps]
     lines = [line | {"lasd": 0.12345678, "sharpness_gap": 0.0} for line in lines]
     lines += [{"end_of_epoch": 1, "step": 110, "lambda_max": None}]
     lines += [{"end_of_epoch": 2, "step": 220, "lambda_max": 7.5}]
@@ -386,6 +397,18 @@ def test_a_file_is_filled_between_its_marks(ends_with_one_line):
     assert report.fill(filled, RESULTS) == filled
     ends_with_one_line(lambda: report.fill("<!-- table:x --><!-- end -->", RESULTS), "x")
     ends_with_one_line(lambda: report.fill("<!-- figure:B/T --><!-- end -->", RESULTS), "B/T")
+
+
+def test_a_mistake_is_one_line(tmp_path, ends_with_one_line):
+    nowhere = str(tmp_path / "nowhere")
+    ends_with_one_line(lambda: report.main([nowhere]), "nowhere", "No such file")
+    ends_with_one_line(lambda: report.main(["--latx", "x"]), "--latx")
+    ends_with_one_line(lambda: report.main(["--latex", f"{nowhere}/t.tex"]), "t.tex")
+    for turns in ("0", "x"):
+        wrong = ["--student", "x", "--turns", turns]
+        ends_with_one_line(lambda wrong=wrong: bench.main(wrong), "--turns")
+    names = ["a", "b", "--names", "one"]
+    ends_with_one_line(lambda: geometry.main(names), "--names", "2, one for each student")
 
 
 @pytest.mark.parametrize("path", [README, ROOT / "README.md"], ids=["study", "README"])

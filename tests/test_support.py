@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import HOME, ROOT, SENTENCES, in_a_process
+from huggingface_hub.constants import HF_HUB_CACHE
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -470,6 +471,33 @@ def test_an_encoder_decoder_is_refused_before_any_work(
     ends_with_one_line(lambda: run(script, *flags), "encoder-decoder", ".npy")
 
 
+def test_a_padding_token_that_no_embedding_has_is_refused(bert, ends_with_one_line):
+    config = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps(config | {"pad_token_id": config["vocab_size"]}))
+    ends_with_one_line(lambda: load_encoder(str(bert)), str(bert))
+
+
+def in_the_cache_of_the_hub(bert, name, absent=()):
+    """Put a model where the Hub's client keeps what it has fetched, and what it found absent."""
+    repository = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
+    shutil.copytree(bert, repository / "snapshots" / "0123abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+    for file in absent:
+        path = repository / ".no_exist" / "0123abc" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def test_a_model_in_the_cache_of_the_hub_needs_no_network(bert, ends_with_one_line, capsys):
+    in_the_cache_of_the_hub(bert, "a/known", absent=["modules.json"])
+    assert load_encoder("a/known").pooling == "cls"
+    assert "cls pooling" in capsys.readouterr().out
+    in_the_cache_of_the_hub(bert, "an/unknown")  # nobody has asked for its modules.json yet
+    ends_with_one_line(lambda: load_encoder("an/unknown"), "cannot reach modules.json", "--pooling")
+    assert load_encoder("an/unknown", "mean").pooling == "mean"
+
+
 def test_a_tokenizer_larger_than_the_embeddings_is_refused(tmp_path, ends_with_one_line):
     folder = build(tmp_path, "bert", WORDPIECE, sizes(**FFN) | {"vocab_size": 20})
     ends_with_one_line(lambda: load_encoder(str(folder)), "tokens", "20")
@@ -852,6 +880,32 @@ def test_a_single_variable_of_torchrun_is_nothing(tmp_path, cache, monkeypatch):
     flags = ["--teacher", cache, "--output", tmp_path / "s", "--batch_size", 16]
     run("talas", *flags, "--epochs", 1)
     assert (tmp_path / "s" / "talas.json").exists()
+
+
+@pytest.mark.parametrize(
+    "device, count, backend, chosen",
+    [("auto", 2, None, [1]), ("auto", 0, "gloo", []), ("cpu", 2, "gloo", [])],
+)
+def test_each_of_torchruns_processes_takes_a_device(
+    device, count, backend, chosen, monkeypatch, ends_with_one_line
+):
+    """With accelerators torch's own backend for them, else gloo, whatever torch was built for."""
+    where = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}
+    for name, value in where.items():
+        monkeypatch.setenv(name, str(value))
+    joined, taken = [], []
+    found = torch.device("cuda") if count else None
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", taken.append)
+    monkeypatch.setattr(runs.distributed, "init_process_group", joined.append)
+    monkeypatch.setattr(runs.distributed, "destroy_process_group", lambda: joined.append("left"))
+    with runs.joined(device):
+        assert joined == [backend] and taken == chosen
+    assert joined == [backend, "left"]
+    if chosen:
+        monkeypatch.setenv("LOCAL_RANK", "2")  # a third process on two devices
+        ends_with_one_line(lambda: runs.joined(device).__enter__(), "a device for each process")
 
 
 def test_variables_of_torchrun_that_make_no_sense_are_one_line(

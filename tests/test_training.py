@@ -13,11 +13,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache as once
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import scipy.sparse.linalg
@@ -327,6 +329,26 @@ def test_algorithm1_both_passes_draw_the_same_dropout_masks(bert):
     assert values[0][0] != values[1][0]  # lr is 0 in the first step of the warm-up: the same w
 
 
+def test_algorithm1_the_device_whose_masks_are_drawn_again(monkeypatch):
+    """On an accelerator it is that one's random state that the first pass must not use up."""
+    forked = []
+
+    def fork_rng(devices):
+        forked.append(devices)
+        return nullcontext()
+
+    def objective(*args):
+        return torch.zeros(3, requires_grad=True).sum(), [torch.zeros(())] * 3
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    w = torch.zeros(2, requires_grad=True)
+    for device in ("cuda:1", "cpu"):
+        domains = SimpleNamespace(device=torch.device(device))
+        asam = ASAM(torch.optim.SGD([w], lr=1.0), rho=0.1)
+        talas.training_step(objective, asam, None, None, domains, Settings())
+    assert forked == [[torch.device("cuda:1")], []]
+
+
 def test_algorithm1_dropout_has_a_stream_of_its_own_for_each_seed_and_epoch(
     tmp_path, bert, cache, steps
 ):
@@ -438,6 +460,23 @@ def test_the_projections_start_small(bert):
     for W in objective.projections:
         assert W.std().item() == pytest.approx(1e-3, rel=0.05)
         assert W.mean().item() == pytest.approx(0, abs=1e-4)
+
+
+def test_the_projections_start_from_the_seed(tmp_path, bert, cache, monkeypatch):
+    """W_l before the first step: --seed decides, and nothing that was drawn before."""
+    started, set_up = [], talas.set_up
+
+    def watched(*args):
+        objective, *others = set_up(*args)
+        started.append([W.tolist() for W in objective.projections])
+        return objective, *others
+
+    monkeypatch.setattr(talas, "set_up", watched)
+    for i, seed in enumerate((1, 2, 1)):
+        torch.rand(i)
+        flags = ["--student", bert, "--teacher", cache, "--output", tmp_path / str(i)]
+        run(*flags, f"--seed {seed} --epochs 1 --batch_size 16")
+    assert started[0] == started[2] != started[1]
 
 
 # --------------------------------------------------------------------------- what a run leaves
@@ -664,6 +703,11 @@ def test_an_interrupted_run_is_no_model_and_is_not_lost_by_mistake(
     learnt = torch.load(cache)
     torch.save(learnt | {"embeddings": learnt["embeddings"].flip(0)}, cache)  # another teacher
     ends_with_one_line(lambda: run(*interrupted, "--resume"), "--resume", "corpus")
+    torch.save(learnt | {"sources": learnt["sources"][1:] + ["a"]}, cache)  # other domains
+    ends_with_one_line(lambda: run(*interrupted, "--resume"), "--resume", "corpus")
+    texts = learnt["sentences"][::-1]
+    torch.save(learnt | {"sentences": texts, "fingerprint": fingerprint(texts)}, cache)
+    ends_with_one_line(lambda: run(*interrupted, "--resume"), "--resume", "corpus")
     torch.save(learnt, cache)
     assert (out / "checkpoint.pt").read_bytes() == checkpoint
     run(*interrupted, "--overwrite")  # from the beginning
@@ -730,7 +774,8 @@ def test_two_processes_climb_and_descend_as_one_with_their_batches_together(
         assert line["sharpness_gap"] == pytest.approx(same["sharpness_gap"], rel=1e-2)
 
 
-def test_two_processes_draw_their_own_dropout_and_stay_the_same(tmp_path, bert, cache):
+@pytest.mark.parametrize("optimizer", ["asam", "disam"])
+def test_two_processes_draw_their_own_dropout_and_stay_the_same(tmp_path, bert, cache, optimizer):
     seen, step = tmp_path / "seen", talas.training_step
 
     def watched(objective, *rest):
@@ -743,7 +788,7 @@ def test_two_processes_draw_their_own_dropout_and_stay_the_same(tmp_path, bert, 
 
     def train():
         talas.training_step = watched
-        flags = "--epochs 2 --batch_size 8 --lr 1e-3"
+        flags = f"--epochs 2 --batch_size 8 --lr 1e-3 --rho 0.01 --optimizer {optimizer}"
         run("--student", bert, "--teacher", cache, "--output", tmp_path / "out", flags)
 
     assert in_two_processes(train) == [0, 0]
@@ -796,6 +841,8 @@ def test_two_processes_resume_as_two(tmp_path, bert, cache):
         ("--pooling max", ["--pooling", "mean"]),
         ("--device quantum", ["--device quantum"]),
         ("--device meta", ["--device meta"]),
+        ("--device cuda", ["--device cuda"]),
+        ("--output new/folder/o --batch_size 49", ["--batch_size 49"]),
         ("--lambda 1", ["--lambda"]),  # no abbreviation
         ("--sharpness maybe", ["--sharpness", "maybe"]),
         ("--max_length 2", ["--max_length 2"]),
@@ -805,9 +852,10 @@ def test_two_processes_resume_as_two(tmp_path, bert, cache):
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_writes_nothing(
-    tmp_path, bert, cache, flags, parts, ends_with_one_line
+    tmp_path, bert, cache, flags, parts, monkeypatch, ends_with_one_line
 ):
     given = ["--teacher", cache, "--student", bert, "--batch_size", 16, "--output", tmp_path / "o"]
+    monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     ends_with_one_line(lambda: run(*given, flags), *parts)
     assert sorted(tmp_path.rglob("*")) == before
@@ -832,6 +880,15 @@ def test_divergence_is_one_line_and_leaves_the_last_whole_epoch(
     ends_with_one_line(lambda: run(*given), *parts, "--lr", "--rho", "--output")
     states = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["states"]
     assert all(p.isfinite().all() for p in states["weights"].values())
+
+
+def test_a_full_memory_is_one_line(tmp_path, bert, cache, monkeypatch, ends_with_one_line):
+    def full(*args):
+        raise torch.OutOfMemoryError("of 80 GiB ...")
+
+    monkeypatch.setattr(talas, "training_step", full)
+    flags = ["--student", bert, "--teacher", cache, "--output", tmp_path / "out"]
+    ends_with_one_line(lambda: run(*flags), "out of memory", "--batch_size")
 
 
 def test_an_existing_output_is_kept(tmp_path, bert, cache, ends_with_one_line):
