@@ -264,7 +264,7 @@ def batches(n, s, epoch):
 
 
 def set_up(s, student, d_T, steps, kind=Objective):
-    """(objective, ASAM, scheduler): AdamW, warm-up and cosine over all steps, inside ASAM or SAM."""
+    """(objective, ASAM, scheduler): AdamW, warm-up and cosine over all steps, in ASAM or SAM."""
     # The cosine of Eq. 3 ignores the length of W_l, which only slows its turning: start small.
     K = s.anchored_layers if s.lambda2 else 0
     projections = [torch.randn(student.dimensions, d_T) * 1e-3 for _ in range(K)]  # (d_S, d_T)

@@ -6,8 +6,8 @@
 
 A file to be filled holds <!-- table:NAME --> ... <!-- end -->, which becomes the table of that name
 (scores-B, noise-B, gains-B, winners-B, sharpness-B, cost-B, geometry, bench-student-cls-cpu). In a
-line <!-- figure:PAIR/ROW/TASK --> ... <!-- end --> becomes that score, <!-- figure:A minus B --> ...
-<!-- end --> a gain, and <!-- figure:geometry/NAME/LAYER/KEY --> ... <!-- end --> geometry.py's.
+line <!-- figure:PAIR/ROW/TASK --> ... <!-- end --> becomes that score, <!-- figure:A minus B -->
+... <!-- end --> a gain, and <!-- figure:geometry/NAME/LAYER/KEY --> ... <!-- end --> geometry.py's.
 Of several seeds: the mean ± the standard deviation (of a sample, n - 1).
 """
 
