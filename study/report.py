@@ -5,7 +5,7 @@
     pip install matplotlib==3.11.2 && python study/report.py --plots study    # plots.py
 
 A file to be filled holds <!-- table:NAME --> ... <!-- end -->, which becomes the table of that name
-(scores-B, noise-B, gains-B, winners-B, sharpness-B, cost-B, geometry, bench-student-cls-cpu). In a
+(scores-B, noise-B, gains-B, winners-B, plateau-B, sharpness-B, cost-B, geometry, and so on). In a
 line <!-- figure:PAIR/ROW/TASK --> ... <!-- end --> becomes that score, <!-- figure:A minus B -->
 ... <!-- end --> a gain, and <!-- figure:geometry/NAME/LAYER/KEY --> ... <!-- end --> geometry.py's.
 Of several seeds: the mean ± the standard deviation (of a sample, n - 1).
@@ -55,6 +55,7 @@ CLAIMS = {  # what a gain shows: (a row, the row without it)
     "TALAS for Jasper and Stella": ("STLA", "stella"),
     "TALAS for DistillCSE": ("STLA", "distillcse"),
 }
+PLATEAU = 0.58  # TAMD below it: both of pair B's anchored layers are learning (README, the plateau)
 METHODS = ("STLA", "distill", "distill-mse", "stella", "distillcse")  # that compete, task by task
 
 
@@ -71,6 +72,11 @@ def scores(results, pair, row, task="avg"):
     """{seed: score} of a task or an average."""
     found = runs(results, pair, row)
     return {seed: e["scores"][task] for seed, e in found.items() if e["scores"][task] is not None}
+
+
+def history(entry, key):
+    """A run's values of that name, every fiftieth step; none if it does not have them."""
+    return entry.get("history", {}).get(key, [])
 
 
 def gains(results, pair, row, without, task="avg"):
@@ -178,6 +184,22 @@ def sharpness_table(results, pair):
     return ["epoch", *found, "STLA / STL"], rows
 
 
+def plateau_table(results, pair):
+    """When TAMD leaves its plateau, in runs that anchor two layers: the step, its end, and Avg."""
+    found = {}
+    for row in ROWS:
+        some = [e for e in runs(results, pair, row).values() if any(history(e, "tamd"))]
+        if some and some[0]["settings"]["anchored_layers"] == 2:
+            told = [list(zip(history(e, "step"), history(e, "tamd"))) for e in some]
+            steps = [next((x for x, tamd in one if tamd < PLATEAU), math.inf) for one in told]
+            values = [one[-1][1] for one in told], [e["scores"]["avg"] for e in some]
+            found[row] = statistics.fmean(steps), *map(mean_sd, values)
+    rows = []
+    for row, (step, *cells) in sorted(found.items(), key=lambda item: item[1][0]):
+        rows.append([row, "never" if math.isinf(step) else f"{step:.0f}", *cells])
+    return ["", f"TAMD below {PLATEAU} at step", "TAMD at the end", "Avg"], rows
+
+
 def cost_table(results, pair):
     """The paper's Table 3: time and memory; memory only where an accelerator counted it."""
     names = {"ms_per_step": "ms/step"}
@@ -219,6 +241,7 @@ def tables(results):
     for pair in pairs(results):
         makers = {"scores": score_table, "gains": gain_table, "cost": cost_table}
         makers |= {"sharpness": sharpness_table, "winners": winner_table, "noise": noise_table}
+        makers["plateau"] = plateau_table
         found |= {f"{kind}-{pair}": make(results, pair) for kind, make in makers.items()}
     found["geometry"] = geometry_table(results)
     benches = {key: e for key, e in results.items() if key.startswith("bench/")}

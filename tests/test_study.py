@@ -5,6 +5,7 @@ from support.loading import load_encoder
 
 import json
 import re
+import shlex
 import shutil
 import statistics
 from importlib.util import find_spec
@@ -198,6 +199,18 @@ def test_every_row_has_settings_that_talas_takes():
             assert (s.lambda1 > 0) == ("S" in row or "code" in row)
 
 
+def test_the_commands_in_the_text_are_understood():
+    text = README.read_text("utf-8").replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines()]
+    f = next(line for line in lines if line.startswith("F=")).removeprefix("F=").strip('"')
+    commands = [line for line in lines if line.startswith("python study/run.py ")]
+    assert len(commands) >= 5
+    for line in commands:
+        args = run.parse_args(shlex.split(line.replace("$F", f), comments=True)[2:])
+        for row in args.rows:
+            run.settings_of(row, ["--student", "x", *(run.ROWS[row] or "").split(), *args.flags])
+
+
 def test_geometry_by_hand(bert, cache, tmp_path):
     content = torch.load(cache, weights_only=True)
     student = load_encoder(str(bert))
@@ -347,6 +360,27 @@ def test_how_far_two_runs_differ_by_chance():
     assert row == ["two single runs", stsb, stsb, "–", avg]
     one_each = {key: RESULTS[key] for key in ("B/before", "B/T/1", "B/STL/1")}
     assert "noise-B" not in report.tables(one_each)
+
+
+def test_when_tamd_leaves_its_plateau():
+    def of(row, seed, K=2, **told):
+        about = {"settings": {"anchored_layers": K}, "history": {"step": [50, 100, 150]} | told}
+        return entry(row, seed, avg=70.0 + seed) | about
+
+    entries = [
+        of("STL", 1, tamd=[0.7, 0.6, 0.5]),  # at step 150, and the next at 100: 125
+        of("STL", 2, tamd=[0.7, 0.5, 0.59]),
+        of("T", 1, tamd=[0.57, 0.58, 0.4]),
+        of("STLA-SAM", 1, tamd=[0.7, 0.6, 0.58]),
+        of("S", 1, tamd=[0.0, 0.0, 0.0]),
+        of("STLA-K-1", 1, K=1, tamd=[0.5, 0.5, 0.5]),
+        of("stella", 1, distillation=[1.0, 1.0, 1.0]),
+    ]
+    assert report.tables({str(i): each for i, each in enumerate(entries)})["plateau-B"][1] == [
+        ["T", "50", "0.40", "71.00"],
+        ["STL", "125", "0.54 ± 0.06", "71.50 ± 0.71"],
+        ["STLA-SAM", "never", "0.58", "71.00"],
+    ]
 
 
 def test_the_cost_of_a_step():
