@@ -170,18 +170,20 @@ def winner_table(results, pair):
 
 
 def sharpness_table(results, pair):
-    """The paper's Table 4: λ_max after each epoch, and TALAS's as a part of that without ASAM."""
+    """The paper's Table 4: λ_max after each epoch, and each row's as a part of that without ASAM."""
     found = {row: curves(results, pair, row, "lambda_max") for row in ROWS}
     found = {row: some for row, some in found.items() if some}
+    with_asam = [row for row in found if row != "STL"] if "STL" in found else []
     epochs = {int(epoch) for some in found.values() for each in some.values() for epoch in each}
     rows = []
     for epoch in map(str, sorted(epochs)):
         at = {row: {k: c[epoch] for k, c in found[row].items() if epoch in c} for row in found}
-        with_asam, without = at.get("STLA", {}), at.get("STL", {})
-        ratios = [with_asam[seed] / without[seed] for seed in with_asam if seed in without]
-        rows.append([epoch, *(mean_sd(list(some.values())) for some in at.values())])
-        rows[-1].append(mean_sd(ratios))
-    return ["epoch", *found, "STLA / STL"], rows
+        cells = [mean_sd(list(some.values())) for some in at.values()]
+        for row in with_asam:
+            shared = at[row].keys() & at["STL"].keys()
+            cells.append(mean_sd([at[row][seed] / at["STL"][seed] for seed in sorted(shared)]))
+        rows.append([epoch, *cells])
+    return ["epoch", *found, *(f"{row} / STL" for row in with_asam)], rows
 
 
 def plateau_table(results, pair):
