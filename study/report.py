@@ -170,7 +170,7 @@ def winner_table(results, pair):
 
 
 def sharpness_table(results, pair):
-    """The paper's Table 4: λ_max after each epoch, and each row's as a part of that without ASAM."""
+    """The paper's Table 4: λ_max after each epoch, and each row's relative to AdamW's."""
     found = {row: curves(results, pair, row, "lambda_max") for row in ROWS}
     found = {row: some for row, some in found.items() if some}
     with_asam = [row for row in found if row != "STL"] if "STL" in found else []
