@@ -44,6 +44,7 @@ CLAIMS = {  # what a gain shows: (a row, the row without it)
     "ASAM for DISAM": ("STLA", "STLA-DISAM"),
     "K 1 for 2, TAMD alone": ("distill", "T"),
     "K 2 for 1": ("STLA", "STLA-K-1"),
+    "SimCSE, LASD and ASAM with K 1": ("STLA-K-1", "distill"),
     "K 2 for 3": ("STLA", "STLA-K-3"),
     "λ3 0.1 for 1": ("STL-lambda3-0.1", "STL"),
     "λ3 10 for 1": ("STL-lambda3-10", "STL"),
