@@ -22,6 +22,7 @@ from errno import ENOSPC
 from functools import cache as once
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -276,6 +277,13 @@ def test_padding_has_no_attention_and_rows_keep_their_order(bert):
     for ids, row, mask in zip(own, batch["input_ids"], batch["attention_mask"]):
         assert row.tolist() == ids + [0] * (len(row) - len(ids))
         assert mask.tolist() == [1] * len(ids) + [0] * (len(row) - len(ids))
+
+
+def test_the_host_does_not_wait_for_a_copy_to_a_gpu():
+    tensor, device = Mock(), torch.device("cuda:1")
+    there = encoder.to_device(tensor, device)
+    tensor.pin_memory.return_value.to.assert_called_once_with(device, non_blocking=True)
+    assert there is tensor.pin_memory.return_value.to.return_value
 
 
 def test_a_corpus_longer_than_a_slice_of_tokenising(bert, capsys):

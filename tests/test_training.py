@@ -462,6 +462,19 @@ def test_the_projections_start_small(bert):
         assert W.mean().item() == pytest.approx(0, abs=1e-4)
 
 
+def test_the_projections_go_where_the_student_is(bert):
+    moved = []
+
+    class Watched(talas.Objective):
+        def to(self, device):
+            moved.append(device)
+            return self
+
+    student = load_encoder(str(bert))
+    talas.set_up(Settings(), student, 8, steps=10, kind=Watched)
+    assert moved == [student.model.device]
+
+
 def test_the_projections_start_from_the_seed(tmp_path, bert, cache, monkeypatch):
     """W_l before the first step: --seed decides, and nothing that was drawn before."""
     started, set_up = [], talas.set_up
