@@ -76,7 +76,7 @@ def scores(results, pair, row, task="avg"):
 
 
 def history(entry, key):
-    """A run's values of that name, every fiftieth step; none if it does not have them."""
+    """A run's values of that name, about every fiftieth step; none if it does not have them."""
     return entry.get("history", {}).get(key, [])
 
 
@@ -171,20 +171,20 @@ def winner_table(results, pair):
 
 
 def sharpness_table(results, pair):
-    """The paper's Table 4: λ_max after each epoch, and each row's relative to AdamW's."""
+    """The paper's Table 4: λ_max after each epoch, and each row's relative to STL's."""
     found = {row: curves(results, pair, row, "lambda_max") for row in ROWS}
     found = {row: some for row, some in found.items() if some}
-    with_asam = [row for row in found if row != "STL"] if "STL" in found else []
+    others = [row for row in found if row != "STL"] if "STL" in found else []
     epochs = {int(epoch) for some in found.values() for each in some.values() for epoch in each}
     rows = []
     for epoch in map(str, sorted(epochs)):
         at = {row: {k: c[epoch] for k, c in found[row].items() if epoch in c} for row in found}
         cells = [mean_sd(list(some.values())) for some in at.values()]
-        for row in with_asam:
+        for row in others:
             shared = at[row].keys() & at["STL"].keys()
             cells.append(mean_sd([at[row][seed] / at["STL"][seed] for seed in sorted(shared)]))
         rows.append([epoch, *cells])
-    return ["epoch", *found, *(f"{row} / STL" for row in with_asam)], rows
+    return ["epoch", *found, *(f"{row} / STL" for row in others)], rows
 
 
 def plateau_table(results, pair):
@@ -196,10 +196,11 @@ def plateau_table(results, pair):
             told = [list(zip(history(e, "step"), history(e, "tamd"))) for e in some]
             steps = [next((x for x, tamd in one if tamd < PLATEAU), math.inf) for one in told]
             values = [one[-1][1] for one in told], [e["scores"]["avg"] for e in some]
-            found[row] = statistics.fmean(steps), *map(mean_sd, values)
-    rows = []
-    for row, (step, *cells) in sorted(found.items(), key=lambda item: item[1][0]):
-        rows.append([row, "never" if math.isinf(step) else f"{step:.0f}", *cells])
+            left = [step for step in steps if step < math.inf]
+            text = f"{statistics.fmean(left):.0f}" if left else "never"
+            text += f" ({len(left)} of {len(steps)} seeds)" if 0 < len(left) < len(steps) else ""
+            found[row] = statistics.fmean(steps), text, *map(mean_sd, values)
+    rows = [[row, *cells] for row, (_, *cells) in sorted(found.items(), key=lambda x: x[1][0])]
     return ["", f"TAMD below {PLATEAU} at step", "TAMD at the end", "Avg"], rows
 
 
@@ -300,12 +301,16 @@ def main(argv=None):
     for path in args.files or [RESULTS.parent / "README.md"]:
         with attempt(f"read {path}"):
             text = path.read_text("utf-8")
-        path.write_text(fill(text, results), "utf-8")
+        filled = fill(text, results)
+        with attempt(f"write {path}"):
+            path.write_text(filled, "utf-8")
     if args.latex:
         made = tables(results)
         with attempt(f"write {args.latex}"):
             args.latex.write_text("\n".join(f"% {n}\n{latex(*made[n])}" for n in made), "utf-8")
     if args.plots:
+        with attempt(f"write plots to {args.plots}"):
+            args.plots.mkdir(parents=True, exist_ok=True)
         plots.draw_all(results, args.plots)
 
 

@@ -131,14 +131,21 @@ def make_cache(args, pair, path):
         cache_teacher.main(["--teacher", teacher, "--output", path, *about])
 
 
+def kept(out, epochs):
+    """The students that epochs_kept left, one an epoch; none unless all of them are there."""
+    paths = [out / "epochs" / str(epoch) for epoch in range(1, epochs + 1)]
+    return [str(path) for path in paths] if all(path.exists() for path in paths) else []
+
+
 def train(args, pair, row, flags):
     """Train one row, unless its output holds just that; an interrupted training goes on."""
     s, program = settings_of(row, flags)
     out = Path(s.output)
     told = read_json(out / "talas.json").get("settings", {})
     lacking = s.sharpness and not told.get("sharpness")
-    lacking = lacking or (args.each_epoch and not (out / "epochs").exists())
-    if portable(told) == portable(asdict(s)) and not lacking:
+    lacking = lacking or (args.each_epoch and row != "released-code" and not kept(out, s.epochs))
+    there = (out / "checkpoint.pt").exists()
+    if portable(told) == portable(asdict(s)) and not (lacking or there):
         return
     make_cache(args, pair, s.teacher)
     if row == "released-code":
@@ -148,7 +155,6 @@ def train(args, pair, row, flags):
             changes.enter_context(released_behaviour())
         if args.each_epoch:
             changes.enter_context(epochs_kept(out / "epochs"))
-        there = (out / "checkpoint.pt").exists()
         if not there:
             shutil.rmtree(out / "epochs", ignore_errors=True)
         program([*flags, "--resume" if there else "--overwrite"])
@@ -175,7 +181,8 @@ def run(args, pair, row, seed):
     if old and any(old[name] != entry[name] for name in ("data", "settings")):
         fail(f"{args.results} has {key} with other settings or data; take another file --results")
     if old:
-        asked = {"sharpness": s.sharpness, "each_epoch": args.each_epoch}
+        by_epoch = args.each_epoch and row != "released-code"  # which keeps the last one alone
+        asked = {"sharpness": s.sharpness, "each_epoch": by_epoch}
         there = {"sharpness": old.get("lambda_max"), "each_epoch": old.get("epochs")}
         missing = [f"--{name}" for name in asked if asked[name] and trained and not there[name]]
         without = f", without {' '.join(missing)}; take another file --results" if missing else ""
@@ -185,9 +192,7 @@ def run(args, pair, row, seed):
         train(args, pair, row, flags)
         entry |= describe(out)
     model = {"teacher": teacher, "before": student}.get(row, str(out))
-    epochs = [out / "epochs" / str(epoch) for epoch in range(1, s.epochs)]
-    epochs = epochs if all(path.exists() for path in epochs) else []  # kept from the first on
-    entry["scores"], *earlier = score(args, out, model, *map(str, epochs))
+    entry["scores"], *earlier = score(args, out, model, *kept(out, s.epochs)[:-1])
     if earlier:
         averages = [scores["avg"] for scores in [*earlier, entry["scores"]]]
         entry["epochs"] = {str(epoch): avg for epoch, avg in enumerate(averages, 1)}

@@ -95,7 +95,7 @@ def alone(output):
     """Keep other runs from writing to this output, a file or a folder, while the block lasts."""
     path = Path(output).absolute()
     path = path.with_name(f".{path.name}.talas-lock")
-    lock, made = FileLock(path), [folder for folder in path.parents if not folder.exists()]
+    lock, made = FileLock(path), [one for one in path.parents if not os.path.exists(one)]
     check_writable(output)
     with attempt(f"write {output}"):
         try:

@@ -123,11 +123,34 @@ def test_an_interrupted_run_goes_on_from_its_last_epoch(pair_b, trained, tmp_pat
     again = json.loads((tmp_path / "results.json").read_text())["B/STL/42"]
     assert again["scores"] == whole["scores"] and again["settings"] == whole["settings"]
     assert again["epochs"] == whole["epochs"] and list(whole["epochs"]) == ["1", "2"]
+    (tmp_path / "results.json").unlink()
+    three = [*pair_b, "--rows", "STL", "--epochs", "3"]
+    run.main([*three, "--each_epoch"])
     shutil.rmtree(tmp_path / "runs" / "B-STL-42" / "epochs" / "1")  # not kept from the first on
     (tmp_path / "results.json").unlink()
-    run.main([*pair_b, "--rows", "STL"])
-    last = json.loads((tmp_path / "results.json").read_text())["B/STL/42"]
-    assert last["scores"] == whole["scores"] and "epochs" not in last
+    run.main(three)
+    assert "epochs" not in json.loads((tmp_path / "results.json").read_text())["B/STL/42"]
+
+
+def test_epochs_asked_for_later_are_trained_for_and_gone_on_with(pair_b, tmp_path, monkeypatch):
+    flags = [*pair_b, "--rows", "STL"]
+    run.main(flags)
+    once = json.loads((tmp_path / "results.json").read_text())["B/STL/42"]
+    step, count = talas.training_step, []
+
+    def interrupted(*args):
+        count.append(0)
+        if len(count) == 5:  # in the second epoch
+            raise KeyboardInterrupt
+        return step(*args)
+
+    later = [*flags, "--each_epoch", "--results", str(tmp_path / "later.json")]
+    monkeypatch.setattr(talas, "training_step", interrupted)
+    with pytest.raises(SystemExit):
+        run.main(later)
+    run.main(later)
+    found = json.loads((tmp_path / "later.json").read_text())["B/STL/42"]
+    assert found["scores"] == once["scores"] and list(found["epochs"]) == ["1", "2"]
 
 
 def test_a_relative_work_folder_is_the_same_run(pair_b, trained, tmp_path, monkeypatch, capsys):
@@ -348,6 +371,8 @@ def test_the_tables_by_hand():
     rows = [["1", "4.00", "3.00 ± 1.41", "0.50"], ["5", "3.00", "–", "–"]]
     assert made["sharpness-B"] == (["epoch", "STL", "STLA", "STLA / STL"], rows)
     assert "cost-B" not in made and "winners-B" not in made
+    alone = report.tables({"x": flat[0]})["sharpness-B"]
+    assert alone == (["epoch", "STLA"], [["1", "2.00"]])
 
 
 def test_how_far_two_runs_differ_by_chance():
@@ -380,6 +405,9 @@ def test_when_tamd_leaves_its_plateau():
         ["STL", "125", "0.54 ± 0.06", "71.50 ± 0.71"],
         ["STLA-SAM", "never", "0.58", "71.00"],
     ]
+    entries.append(of("STLA-SAM", 2, tamd=[0.5, 0.5, 0.5]))
+    table = report.tables({str(i): each for i, each in enumerate(entries)})["plateau-B"][1]
+    assert table[-1][:2] == ["STLA-SAM", "50 (1 of 2 seeds)"]
 
 
 def test_the_cost_of_a_step():
@@ -436,6 +464,10 @@ def test_a_mistake_is_one_line(tmp_path, ends_with_one_line):
     nowhere = str(tmp_path / "nowhere")
     ends_with_one_line(lambda: report.main([nowhere]), "nowhere", "No such file")
     ends_with_one_line(lambda: report.main(["--latx", "x"]), "--latx")
+    (tmp_path / "file").touch()
+    below = str(tmp_path / "file" / "plots")
+    text = str(tmp_path / "file")
+    ends_with_one_line(lambda: report.main([text, "--plots", below]), "write plots")
     ends_with_one_line(lambda: report.main(["--latex", f"{nowhere}/t.tex"]), "t.tex")
     for turns in ("0", "x"):
         wrong = ["--student", "x", "--turns", turns]

@@ -618,6 +618,7 @@ def test_appendix_d_blank_sentences_and_repeats_go_and_are_counted(capsys):
 # ----------------------------------------------------------------------- outputs, before any work
 BAD_NAMES = {"long": "x" * 300, "too long with a suffix": "x" * 250, "not UTF-8": "s\udcff"}
 BAD_NAMES |= {"half a character": "\ud800", "zero byte": "a\0b", "empty": ""}
+BAD_NAMES |= {"in a folder of a long name": f"{'x' * 300}/out"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -888,6 +889,13 @@ def test_a_single_variable_of_torchrun_is_nothing(tmp_path, cache, monkeypatch):
     flags = ["--teacher", cache, "--output", tmp_path / "s", "--batch_size", 16]
     run("talas", *flags, "--epochs", 1)
     assert (tmp_path / "s" / "talas.json").exists()
+
+
+@pytest.mark.parametrize("kind, taken", [("cuda", "cuda"), ("xpu", "xpu"), ("mps", None)])
+def test_a_macs_accelerator_is_left_out(kind, taken, monkeypatch):
+    found = torch.device(kind)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    assert runs.accelerator() == (taken and torch.device(taken))
 
 
 @pytest.mark.parametrize(
