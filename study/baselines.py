@@ -3,10 +3,10 @@
     python study/baselines.py --method distill --teacher bge-m3.pt --student ...
 
 The methods: stella and distillcse, of Table 1, and the plainest one, distill (--distance cosine or
-mse), which the paper does not have. The loop, the batches, the
-optimizer, the student, the cache and all files are those of talas.py, and so are the flags; only
-the objective differs, and AdamW is the default optimizer. What their papers leave open, and where
-this departs from them, stands in study/README.md.
+mse), which the paper does not have. The loop, the batches, the optimizer, the student, the cache
+and all files are those of talas.py, and so are the flags; only the objective differs, and AdamW is
+the default optimizer. What their papers leave open, and where this departs from them, stands in
+study/README.md.
 """
 
 import sys

@@ -185,15 +185,15 @@ def encode(encoder, tokens, batch_size, label=None, part=None):
             embeddings[rows] = vectors
             if part:
                 with attempt(f"write {part}"), open(part, "ab") as file:
-                    file.write(sealed(vectors.numpy()).tobytes())
+                    bits = vectors.contiguous().numpy().view(np.uint32)
+                    file.write(np.column_stack([bits, checksums(bits)]).tobytes())
             bar.update(len(rows))
     return embeddings
 
 
-def sealed(rows):
-    """Rows for a file that may be torn, float32 (m, d) -> uint32 (m, d + 1): last a checksum."""
-    bits = np.ascontiguousarray(rows).view(np.uint32)
-    return np.column_stack([bits, np.array([zlib.crc32(row) for row in bits], dtype=np.uint32)])
+def checksums(rows):
+    """One number for each row, (m, d) -> uint32 (m,), by which a torn one is known."""
+    return np.array([zlib.crc32(row) for row in rows], dtype=np.uint32)
 
 
 def read_part(path, embeddings, batch_size):
@@ -207,8 +207,7 @@ def read_part(path, embeddings, batch_size):
         bits = np.fromfile(path, dtype=np.uint32, count=n * (d + 1))
         bits = bits[: len(bits) // (d + 1) * (d + 1)].reshape(-1, d + 1)
         rows = bits[:, :d].view(np.float32)
-        sums = np.array([zlib.crc32(row) for row in bits[:, :d]], dtype=np.uint32)
-        torn = (sums != bits[:, d]) | ~np.isfinite(rows).all(1)
+        torn = (checksums(rows) != bits[:, d]) | ~np.isfinite(rows).all(1)
         usable = int(torn.argmax()) if torn.any() else len(rows)
         usable -= usable % batch_size
         os.truncate(path, 4 * (d + 1) * usable)

@@ -37,7 +37,7 @@ def accelerator():
 def pick_device(name):
     """The torch device of that name; `auto` is the accelerator if there is one, else the CPU."""
     with attempt(f"use --device {name} (auto and cpu always work)"):
-        probe = torch.zeros(1, device=accelerator() or "cpu" if name == "auto" else name)
+        probe = torch.zeros(1, device=(accelerator() or "cpu") if name == "auto" else name)
         probe.item()  # a device that computes nothing, such as meta, fails here
         return probe.device
 

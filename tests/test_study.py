@@ -102,20 +102,26 @@ def test_the_other_methods_are_rows_too(pair_b, tmp_path):
     assert mse["scores"] != cse["scores"] and len(mse["cost"]) == 1
 
 
+def stopped_in_the_second_epoch(monkeypatch):
+    """Let Ctrl-C end the fifth step from here; returns a list with an item a step."""
+    step, count = talas.training_step, []
+
+    def interrupted(*args):
+        count.append(0)
+        if len(count) == 5:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(talas, "training_step", interrupted)
+    return count
+
+
 def test_an_interrupted_run_goes_on_from_its_last_epoch(pair_b, trained, tmp_path, monkeypatch):
     run.main([*pair_b, "--rows", "STL", "--each_epoch"])
     whole = json.loads((tmp_path / "results.json").read_text())["B/STL/42"]
     shutil.rmtree(tmp_path / "runs")
     (tmp_path / "results.json").unlink()
-    step, count = talas.training_step, []
-
-    def interrupted(*args):
-        count.append(0)
-        if len(count) == 5:  # in the second epoch
-            raise KeyboardInterrupt
-        return step(*args)
-
-    monkeypatch.setattr(talas, "training_step", interrupted)
+    count = stopped_in_the_second_epoch(monkeypatch)
     with pytest.raises(SystemExit):
         run.main([*pair_b, "--rows", "STL", "--each_epoch"])
     run.main([*pair_b, "--rows", "STL", "--each_epoch"])
@@ -136,16 +142,8 @@ def test_epochs_asked_for_later_are_trained_for_and_gone_on_with(pair_b, tmp_pat
     flags = [*pair_b, "--rows", "STL"]
     run.main(flags)
     once = json.loads((tmp_path / "results.json").read_text())["B/STL/42"]
-    step, count = talas.training_step, []
-
-    def interrupted(*args):
-        count.append(0)
-        if len(count) == 5:  # in the second epoch
-            raise KeyboardInterrupt
-        return step(*args)
-
     later = [*flags, "--each_epoch", "--results", str(tmp_path / "later.json")]
-    monkeypatch.setattr(talas, "training_step", interrupted)
+    stopped_in_the_second_epoch(monkeypatch)
     with pytest.raises(SystemExit):
         run.main(later)
     run.main(later)
