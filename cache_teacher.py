@@ -5,15 +5,9 @@
 
 The cache is a dict, read with torch.load(path, weights_only=True, mmap=True): sentences (n str,
 unique), sources (n str, the domain of each), embeddings (n, d_T), teacher, pooling, max_length,
-fingerprint (of the sentences), version, recipe (of all that the embeddings depend on).
+fingerprint (of the sentences), version, recipe (of all that the embeddings depend on), checksum
+(of the embeddings).
 """
-
-from support import fail, one_line
-from support.data import read_corpus, unique
-from support.encoder import encode, tokenize
-from support.files import alone, attempt, digest, keep_apart, load, positive, save
-from support.loading import load_encoder
-from support.run import pick_device
 
 import argparse
 import time
@@ -24,6 +18,13 @@ import torch
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import make_pipeline
+
+from support import attempt, fail, interruptible
+from support.data import unique_corpus
+from support.encoder import encode, tokenize
+from support.files import check_output, digest, load, positive, save
+from support.loading import load_encoder
+from support.run import pick_device
 
 VERSION = 1  # of the cache's format
 KEYS = ("sentences", "sources", "embeddings", "teacher", "pooling", "max_length", "fingerprint")
@@ -39,28 +40,23 @@ def fit_lsa(sentences):
     """
     commonest = max(50, len(sentences) * 3 // 100)
     tfidf = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+", max_df=commonest)
-    try:
+    with attempt("fit the lsa teacher, which needs sentences with different words", ValueError):
         counts = tfidf.fit_transform(sentences)
-    except ValueError:  # no word is left
-        counts = np.zeros((0, 0))
-    if min(counts.shape) < 2:
-        fail("the lsa teacher needs two different sentences with words; try another --corpus")
-    svd = TruncatedSVD(min(32, min(counts.shape) - 1), random_state=0).fit(counts)
+        svd = TruncatedSVD(min(32, min(counts.shape) - 1), random_state=0).fit(counts)
     return make_pipeline(tfidf, svd)
 
 
 def read_array(path, n):
     """Embeddings from elsewhere: a .npy or .pt array (n, d_T), a row a sentence of the corpus."""
-    with attempt(f"read {path}"):
-        numpy = path.endswith(".npy")
-        array = np.load(path, mmap_mode="c", allow_pickle=False) if numpy else load(path)
-        array = torch.from_numpy(array) if numpy else array
-        kind = getattr(array, "dtype", type(array).__name__)
-        plain = getattr(array, "layout", None) == torch.strided and not array.is_meta
-        if kind not in (*DTYPES.values(), torch.float64) or not plain:
-            raise ValueError(f"{kind} is no plain array of floating-point numbers")
-        if array.ndim != 2 or array.shape[1] < 1:
-            raise ValueError(f"{tuple(array.shape)} is not (sentences, dimensions)")
+    if path.endswith(".npy"):
+        with attempt(f"read {path} as an array that numpy.save wrote"):
+            array = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+    else:
+        array = load(path)
+    kind = getattr(array, "dtype", type(array).__name__)
+    if kind not in (*DTYPES.values(), torch.float64) or array.ndim != 2 or not array.shape[1]:
+        shape = tuple(getattr(array, "shape", ()))
+        fail(f"{path}: {kind} {shape} is no array of floating-point numbers, (n, dimensions)")
     if len(array) != n:
         fail(f"{path} has {len(array)} rows, the corpus {n} sentences; give a row each, in order")
     return array.detach()
@@ -74,9 +70,8 @@ def fingerprint(sentences):
 
 def usable(embeddings):
     """Which rows have a direction that float32 can hold, as Eq. 3 needs: (n, d_T) -> (n,) bool."""
-    blocks = [rows.float().square().sum(1) for rows in embeddings.split(65_536)]
-    squares = torch.cat(blocks)
-    return squares.isfinite() & (squares > 0)
+    squares = torch.cat([rows.float().square().sum(1) for rows in embeddings.split(65_536)])
+    return squares.isfinite() & (squares > 1e-30)  # below it squares lose their digits
 
 
 def make_cache(args, texts, sources, embeddings, pooling, recipe):
@@ -86,34 +81,17 @@ def make_cache(args, texts, sources, embeddings, pooling, recipe):
     """
     known = embeddings.any(dim=1) if pooling == "none" else torch.ones(len(texts)).bool()
     if not known.all():
-        print(f"{int((~known).sum())} sentences removed: the teacher knows no word of theirs")
+        print(f"{int((~known).sum())} sentences removed: their embeddings are zero")
     embeddings = embeddings[known].to(torch.float16 if args.dtype == "float16" else torch.float32)
-    if not len(embeddings):
-        fail(f"{args.teacher} has no embedding but zeros")
-    if not usable(embeddings).all():
+    if not len(embeddings) or not usable(embeddings).all():
         advice = "; try --dtype float32" if args.dtype == "float16" else ""
-        fail(f"some embeddings of {args.teacher} are zero, not finite or too large{advice}")
+        fail(f"{args.teacher}: embeddings are zero, not finite, too small or too large{advice}")
     keep = known.nonzero().flatten().tolist()
     sentences = [texts[i] for i in keep]
-    return {
-        "sentences": sentences,
-        "sources": [sources[i] for i in keep],
-        "embeddings": embeddings,
-        "teacher": args.teacher,
-        "pooling": pooling,
-        "max_length": args.max_length,
-        "fingerprint": fingerprint(sentences),
-        "version": VERSION,
-        "recipe": recipe,
-    }
-
-
-def read_sentences(corpus, seed=42):
-    """(texts, sources, kept, n): the unique sentences of a corpus of n, and their positions."""
-    sentences, sources = read_corpus(corpus, seed)
-    kept = unique(sentences)
-    texts = [sentences[i].strip() for i in kept]
-    return texts, [sources[i] for i in kept], kept, len(sentences)
+    cache = {"sentences": sentences, "sources": [sources[i] for i in keep]}
+    cache |= {"embeddings": embeddings, "teacher": args.teacher, "pooling": pooling}
+    cache |= {"max_length": args.max_length, "fingerprint": fingerprint(sentences)}
+    return cache | {"version": VERSION, "recipe": recipe, "checksum": digest(embeddings)}
 
 
 def load_cache(path, needed=True):
@@ -122,35 +100,28 @@ def load_cache(path, needed=True):
     If embeddings are not `needed`, a corpus will do. Ends the program if the file can't be used.
     """
     if not needed and not path.endswith(".pt"):
-        texts, sources, *_ = read_sentences(path)
+        texts, sources, *_ = unique_corpus(path)
         cache = {"sentences": texts, "sources": sources, "embeddings": None, "teacher": None}
         return cache | {"fingerprint": fingerprint(texts)}
-    with attempt(f"read {path} as a teacher cache"):
-        if not Path(path).exists():
-            fail(f"no teacher cache at {path}; make one: python cache_teacher.py --output {path}")
-        cache = load(path)
-        if not isinstance(cache, dict):
-            raise ValueError(f"it holds a {type(cache).__name__}, not a dict")
-        if missing := [key for key in KEYS if key not in cache]:
-            fail(f"{path} is no teacher cache: it has no {missing[0]}")
-        sentences, sources, embeddings = (cache[key] for key in KEYS[:3])
-        if cache["version"] != VERSION:
-            fail(f"{path} has format {cache['version']}, this code reads {VERSION}; make it anew")
-        if embeddings.dtype not in (torch.float32, torch.float16) or embeddings.ndim != 2:
-            fail(f"{path}: embeddings must be float32 or float16, (sentences, dimensions)")
-        if not len(sentences) == len(sources) == len(embeddings) > 0:
-            counts = f"{len(sentences)}, {len(sources)}, {len(embeddings)}"
-            fail(f"{path} has unlike numbers of sentences, sources, embeddings: {counts}")
-        if {type(text) for text in [*sentences, *sources, cache["teacher"]]} != {str}:
-            fail(f"{path}: sentences, sources and teacher must be text")
-        if len({sentence.strip() for sentence in sentences} - {""}) < len(sentences):
-            fail(f"{path}: some sentences are blank or repeated")
-        "".join(sentences).encode()  # fails at half a character
-        if fingerprint(sentences) != cache["fingerprint"]:
-            fail(f"{path}: the sentences are not those that were embedded (fingerprint)")
-        if not usable(embeddings).all():
-            fail(f"{path}: some embeddings are zero or not finite")
-        return cache | {"embeddings": embeddings.detach() if needed else None}
+    if not Path(path).exists():
+        fail(f"no teacher cache at {path}; make one: python cache_teacher.py --output {path}")
+    cache = load(path)
+    missing = [key for key in (*KEYS, "version") if not isinstance(cache, dict) or key not in cache]
+    if missing:
+        fail(f"{path} is no teacher cache: it has no {missing[0]}")
+    sentences, sources, embeddings = (cache[key] for key in KEYS[:3])
+    if cache["version"] != VERSION:
+        fail(f"{path} has format {cache['version']}, this code reads {VERSION}; make it anew")
+    if embeddings.dtype not in (torch.float32, torch.float16) or embeddings.ndim != 2:
+        fail(f"{path}: embeddings must be float32 or float16, (sentences, dimensions)")
+    if not len(sentences) == len(sources) == len(embeddings) > 0:
+        counts = f"{len(sentences)}, {len(sources)}, {len(embeddings)}"
+        fail(f"{path} has unlike numbers of sentences, sources, embeddings: {counts}")
+    if fingerprint(sentences) != cache["fingerprint"] or len(set(sentences)) < len(sentences):
+        fail(f"{path}: the sentences are not those that were embedded (fingerprint)")
+    if cache.get("checksum") not in (None, digest(embeddings)) or not usable(embeddings).all():
+        fail(f"{path} is damaged: its embeddings are not those that were written; make it anew")
+    return cache | {"embeddings": embeddings.detach() if needed else None}
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -169,18 +140,13 @@ def parse_args(argv):
     flag("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
     flag("--seed", type=int, default=42, help="of the paper corpus's sample")
     args = parser.parse_args(argv)
-    with attempt(f"write --output {args.output}"):
-        if not args.output or Path(args.output).is_dir() or not Path(args.output).parent.is_dir():
-            fail(f"--output {args.output!r} must be a file's name in a folder that exists")
-    if not 0 <= args.seed < 2**63:
-        fail(f"--seed {args.seed}: it must be from 0 to 2**63")
-    keep_apart(args.output, teacher=args.teacher, corpus=args.corpus)
+    check_output("--output", args.output, teacher=args.teacher, corpus=args.corpus)
     return args
 
 
 def cache_embeddings(args):
     """Algorithm 1, line 3: embed the corpus with the teacher, unless that is what is there."""
-    texts, sources, kept, n = read_sentences(args.corpus, args.seed)
+    texts, sources, kept, n = unique_corpus(args.corpus, args.seed)
     encoder, pooling, device = None, "none", pick_device(args.device)
     if args.teacher == "lsa":
         embeddings = torch.from_numpy(fit_lsa(texts).transform(texts))
@@ -189,16 +155,16 @@ def cache_embeddings(args):
         embeddings = read_array(args.teacher, n)[kept]
         content = [embeddings]
     else:
-        dtype = DTYPES[args.dtype]
-        encoder = load_encoder(args.teacher, args.pooling, args.max_length, dtype, device)
+        how = args.pooling, args.max_length, DTYPES[args.dtype], device
+        encoder = load_encoder(args.teacher, *how)
         tokens, pooling = tokenize(encoder, texts), encoder.pooling
-        model = encoder.model
-        content = [model.config.to_json_string(), *model.state_dict().values(), *tokens[:2]]
-    recipe = digest(texts, sources, pooling, args.max_length, args.dtype, args.teacher, *content)
+        content = [encoder.identity(), *encoder.model.state_dict().values(), tokens.ids]
+    recipe = digest(texts, sources, args.max_length, args.dtype, *content)
     if Path(args.output).exists() and not args.overwrite:
         old = load_cache(args.output)
         if old.get("recipe") == recipe:
-            return print(f"{args.output} holds this already; kept as it is")
+            print(f"{args.output} holds this already; kept as it is")
+            return
         there = f"{len(old['sentences'])} sentences, {old['teacher']}"
         fail(f"{args.output} holds something else ({there}); --overwrite replaces it")
     start, part = time.perf_counter(), f"{args.output}.part-{recipe[:16]}"
@@ -212,15 +178,11 @@ def cache_embeddings(args):
     print(f"{args.output}: {n} embeddings of {d} dimensions, {args.teacher}, in {seconds:.0f} s")
 
 
-@one_line
 def main(argv=None):
     """The command line: read the corpus, run the teacher, write the cache."""
     args = parse_args(argv)
-    try:
-        with alone(args.output):
-            cache_embeddings(args)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on with what is embedded, or begins again")
+    with interruptible("the same command goes on with what is embedded, or begins again"):
+        cache_embeddings(args)
 
 
 if __name__ == "__main__":

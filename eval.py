@@ -9,16 +9,8 @@ split. Pair classification: average precision of the cosine. STS: Spearman corre
 cosine. Embeddings are the pooled vectors as they are, not normalised.
 """
 
-from support import fail, one_line
-from support.data import DEMO, HUB, IN_DOMAIN, load_hub_split, read_corpus, read_table
-from support.encoder import encode, tokenize
-from support.files import attempt, check_writable, positive, write_json
-from support.loading import load_encoder
-from support.run import pick_device
-
 import argparse
 import json
-import math
 import warnings
 from pathlib import Path
 
@@ -30,12 +22,20 @@ from sklearn.metrics import average_precision_score, f1_score
 
 from cache_teacher import fit_lsa
 from demo.tiny import tiny_student
+from support import attempt, fail, interruptible
+from support.data import DEMO, HUB, IN_DOMAIN, load_hub_split, read_table, unique_corpus
+from support.encoder import encode, tokenize
+from support.files import check_output, positive, write_json
+from support.loading import load_encoder
+from support.run import pick_device
 
 KINDS = {  # the metric of each kind of task, which is read off its columns
     "F1": {"text": str, "label": (str, int)},
     "AP": {"sentence1": str, "sentence2": str, "label": (int, float)},
     "Spearman": {"sentence1": str, "sentence2": str, "score": (int, float)},
 }
+AVERAGES = ("avg_in", "avg_out", "avg")
+POOLINGS = ["auto", "cls", "mean", "last"]
 
 
 # -------------------------------------------------------------------------------------- the scores
@@ -67,7 +67,7 @@ def spearman(a, b, scores):
 
 
 def score(task, name, vectors):
-    """One task's score in percent; `vectors` maps n sentences to (n, d)."""
+    """One task's score in percent; `vectors` maps n sentences to (n, d). None: nothing is told."""
 
     def column(split, key):
         return [row[key] for row in task[split]]
@@ -77,7 +77,7 @@ def score(task, name, vectors):
         return macro_f1(train, column("train", "label"), test, column("test", "label"), name)
     a, b = vectors(column("test", "sentence1")), vectors(column("test", "sentence2"))
     if np.ptp(cosine(a, b)) <= 1e-6:  # all the same up to rounding: they rank nothing
-        return math.nan
+        fail(f"no score on {name}: all its pairs have the same cosine")
     if task["kind"] == "AP":
         return average_precision(a, b, column("test", "label"))
     return spearman(a, b, column("test", "score"))
@@ -93,9 +93,11 @@ def load_tasks(data, names):
     if data != "hub":
         with attempt(f"read --data {data}, which is neither demo nor hub"):
             folders = [path.name for path in folder.iterdir() if path.is_dir()]
-            there = sorted(name for name in folders if name[0] not in "._")
+        there = sorted(name for name in folders if name[0] not in "._")
     if data != "hub" and (folder / "tasks.json").exists():
-        with attempt(f'read {folder / "tasks.json"} as {{"in_domain": [names of tasks]}}'):
+        with attempt(
+            f'read {folder / "tasks.json"} as {{"in_domain": [names]}}', ValueError, KeyError
+        ):
             in_domain = json.loads((folder / "tasks.json").read_text("utf-8"))["in_domain"]
             if not isinstance(in_domain, list) or not set(in_domain) <= set(there):
                 raise ValueError(f"{in_domain} are not all among {', '.join(there)}")
@@ -103,84 +105,91 @@ def load_tasks(data, names):
     if not names or (unknown := [name for name in names if name not in there]):
         wanted = ", ".join(unknown) if names else "(a folder with test.jsonl)"
         fail(f"no task {wanted} in {data}; there are: {', '.join(there) or 'none'}")
+    if clash := set(names) & set(AVERAGES):
+        fail(f"a task can't be called {clash.pop()}, as an average is; rename its folder")
 
     def rows(task, split):
         if data == "hub":
             return load_hub_split(task, split)
-        return read_table(folder / task / f"{split}.jsonl")
+        paths = [folder / task / f"{split}.{suffix}" for suffix in ("jsonl", "csv")]
+        path = next((path for path in paths if path.exists()), paths[0])
+        table = read_table(path)
+        return [as_numbers(row) for row in table] if path.suffix == ".csv" else table
 
     tasks = {name: check_task(name, rows) for name in names}
     places = [*HUB, *(name for kind in KINDS for name in tasks if tasks[name]["kind"] == kind)]
     return {name: tasks[name] for name in sorted(tasks, key=places.index)}, in_domain
 
 
-def check_rows(name, split, rows):
-    """The kind of task that these rows are of; ends the program if they are not just one."""
-    there = rows[0].keys() if rows else {}.keys()
-    fitting = [kind for kind, columns in KINDS.items() if columns.keys() <= there]
-    if len(fitting) != 1:
-        known = " or ".join(",".join(columns) for columns in KINDS.values())
-        found = ",".join(there) or "no row"
-        fail(f"{name}: {split} must have the columns of one kind of task, {known}; it has {found}")
-    for number, row in enumerate(rows, 1):
-        for column, types in KINDS[fitting[0]].items():
-            value = row.get(column)
-            sensible = isinstance(value, str) or (isinstance(value, types) and abs(value) < 2**53)
-            if not (isinstance(value, types) and sensible):
-                fail(f"{name}: row {number} of {split} has no usable {column}")
-    return fitting[0]
+def as_numbers(row):
+    """A row of a CSV file with its label and score as numbers, where they are such."""
+    for column in ("label", "score"):
+        try:
+            value = float(row[column])
+            row[column] = int(value) if value == int(value) else value
+        except (KeyError, ValueError, OverflowError):
+            continue
+    return row
 
 
 def check_task(name, rows):
     """A task that can be scored, of the rows(name, split); else the program ends."""
     task = {"test": rows(name, "test")}
-    task["kind"] = kind = check_rows(name, "test", task["test"])
-    target = list(KINDS[kind])[-1]
-    values = {row[target] for row in task["test"]}
-    if kind == "AP" and not values <= {0, 1}:
-        fail(f"{name}: labels must be 0 or 1; found {sorted(values)[:5]}")
-    learnt = values
+    there = task["test"][0].keys() if task["test"] else {}
+    fitting = [kind for kind, columns in KINDS.items() if columns.keys() <= set(there)]
+    if len(fitting) != 1:
+        known = " or ".join(",".join(columns) for columns in KINDS.values())
+        found = ",".join(there) or "no row"
+        fail(f"{name}: test must have the columns of one kind of task, {known}; it has {found}")
+    task["kind"] = kind = fitting[0]
     if kind == "F1":
         task["train"] = rows(name, "train")
-        if check_rows(name, "train", task["train"]) != kind:
-            fail(f"{name}: train needs the columns of test, {','.join(KINDS[kind])}")
-        learnt = {row[target] for row in task["train"]}
-        if len({type(label) for label in learnt | values}) > 1:
-            fail(f"{name}: some labels are numbers and some are text; write them all in one way")
-        if unseen := values - learnt:
-            fail(f"{name}: test has labels that train lacks: {sorted(unseen)[:5]}")
+    target = list(KINDS[kind])[-1]
+    for split in task.keys() - {"kind"}:
+        for number, row in enumerate(task[split], 1):
+            for column, types in KINDS[kind].items():
+                value = row.get(column)
+                if not isinstance(value, types) or (column == "score" and not abs(value) < 2**53):
+                    fail(f"{name}: row {number} of {split} has no usable {column}: {value!r}")
+    values = {row[target] for row in task["test"]}
+    learnt = {row[target] for row in task.get("train", task["test"])}
+    if kind == "AP" and not values <= {0, 1}:
+        fail(f"{name}: labels must be 0 or 1; found {sorted(values)[:5]}")
+    if len({type(label) for label in learnt | values}) > 1 and kind == "F1":
+        fail(f"{name}: some labels are numbers and some are text; write them all in one way")
+    if kind == "F1" and (unseen := values - learnt):
+        fail(f"{name}: test has labels that train lacks: {sorted(unseen)[:5]}")
     if min(len(values), len(learnt)) < 2:
         fail(f"{name}: every row has the same {target}, so there is nothing to measure or learn")
     return task
 
 
 # -------------------------------------------------------------------------------------- the models
-def load_model(name, args):
+def load_model(name, pooling, args):
     """(n sentences, label of the progress bar) -> (n, d): a directory's, a Hub id's, lsa, tiny."""
-    device, corpus = pick_device(args.device), Path(args.data, "corpus.jsonl")
-    corpus = DEMO / "corpus.jsonl" if args.data == "demo" else corpus
+    device = pick_device(args.device)
     if name in ("lsa", "tiny"):  # both are made of the corpus beside the tasks
+        if Path(name).exists():
+            fail(f"{name} is the demo's; for the folder of that name write ./{name}")
+        corpus = DEMO / "corpus.jsonl" if args.data == "demo" else Path(args.data, "corpus.jsonl")
         if not corpus.exists():
             fail(f"{name} belongs to the demo; with --data {args.data} it needs a {corpus}")
-        texts = (text.strip() for text in read_corpus(str(corpus))[0])
-        sentences = list(dict.fromkeys(filter(None, texts)))  # as cache_teacher.py has them
+        sentences = unique_corpus(str(corpus))[0]  # as cache_teacher.py has them
     if name == "lsa":
         lsa = fit_lsa(sentences)
         return lambda texts, label: lsa.transform(texts)
     if name == "tiny":
-        encoder = tiny_student(sentences, 42, args.pooling, args.max_length, device)  # talas's seed
+        encoder = tiny_student(sentences, 42, pooling, args.max_length, device)  # talas.py's seed
     else:
-        encoder = load_encoder(name, args.pooling, args.max_length, device=device)
-
-    def embed(texts, label):
-        return encode(encoder, tokenize(encoder, texts), args.batch_size, label).numpy()
-
-    return embed
+        encoder = load_encoder(name, pooling, args.max_length, device=device)
+    return lambda texts, label: encode(
+        encoder, tokenize(encoder, texts), args.batch_size, label
+    ).numpy()
 
 
-def evaluate(name, tasks, in_domain, args):
+def evaluate(name, pooling, tasks, in_domain, args):
     """{task: score in percent, ..., "avg_in", "avg_out", "avg"}; a mean over no task is None."""
-    embed = load_model(name, args)
+    embed = load_model(name, pooling, args)
     known, scores = {}, {}  # each distinct sentence is embedded once
     for task_name, task in tasks.items():
         rows = [row for split in ("train", "test") for row in task.get(split, [])]
@@ -191,8 +200,6 @@ def evaluate(name, tasks, in_domain, args):
                 fail(f"{name} gives embeddings on {task_name} that are not a number; is it torn?")
             known.update(zip(new, vectors))
         result = score(task, task_name, lambda texts: np.stack([known[text] for text in texts]))
-        if not math.isfinite(result):
-            fail(f"{name} has no score on {task_name}: its embeddings are all the same")
         scores[task_name] = float(result)
 
     def mean(names):
@@ -200,7 +207,7 @@ def evaluate(name, tasks, in_domain, args):
 
     inside = [task for task in tasks if task in in_domain]
     outside = [task for task in tasks if task not in in_domain]
-    return scores | {"avg_in": mean(inside), "avg_out": mean(outside), "avg": mean(list(tasks))}
+    return scores | dict(zip(AVERAGES, map(mean, (inside, outside, list(tasks)))))
 
 
 def markdown(results, tasks, in_domain):
@@ -208,8 +215,8 @@ def markdown(results, tasks, in_domain):
     header = [task + "*" * (task in in_domain) for task in tasks]
     rows = [["model", *header, "Avg-In*", "Avg-Out", "Avg"]]
     for name, scores in results.items():
-        cells = ["–" if value is None else f"{value:.2f}" for value in scores.values()]
-        rows.append([name, *cells])
+        values = (scores[key] for key in (*tasks, *AVERAGES))
+        rows.append([name, *("–" if value is None else f"{value:.2f}" for value in values)])
     first, *others = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["---", *["---:"] * (len(header) + 3)])
     lines = []
@@ -223,7 +230,7 @@ def markdown(results, tasks, in_domain):
 
 # ------------------------------------------------------------------------------------ command line
 def parse_args(argv):
-    """The command line."""
+    """The command line; args.pooling becomes one for each model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     flag, parser.error = parser.add_argument, fail
     models = "directories, Hub ids, lsa (the demo's teacher), tiny (its student, untrained)"
@@ -231,41 +238,45 @@ def parse_args(argv):
     flag("--data", default="demo", help="demo; hub: the paper's nine; or a folder of tasks")
     flag("--tasks", type=lambda text: text.split(","), help="some of the tasks: a,b,c")
     flag("--json", help="write the scores to this file, too")
-    flag("--pooling", default="auto", choices=["auto", "cls", "mean", "last"], help="of the models")
+    of_each = "auto, cls, mean, last; one for all models, or last,cls: one each, in their order"
+    flag("--pooling", default="auto", help=of_each)
     flag("--batch_size", type=positive, default=32, help="sentences a forward pass")
     flag("--max_length", type=positive, default=256, help="tokens; longer sentences are cut")
     flag("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
     args = parser.parse_args(argv)
+    own = args.pooling.split(",")
+    args.pooling = own * len(args.models) if len(own) == 1 else own
+    if len(args.pooling) != len(args.models) or not set(own) <= set(POOLINGS):
+        fail(f"--pooling {','.join(own)}: give one of {', '.join(POOLINGS)}, or one for each model")
     if args.json is not None:
-        with attempt(f"use --json {args.json}"):
-            check_json(Path(args.json))
+        check_output("--json", args.json)
+        if Path(args.json).exists():
+            what = f"take {args.json} for earlier scores to replace; choose another --json"
+            with attempt(what, OSError, ValueError, KeyError, TypeError, AttributeError):
+                [
+                    scores["avg"]
+                    for scores in json.loads(Path(args.json).read_text("utf-8")).values()
+                ]
     return args
 
 
-def check_json(path):
-    """End the program if the scores can't be written there, or something else would be lost."""
-    if path.is_dir() or not path.parent.is_dir():
-        fail(f"--json {path} must be a file's name in a folder that exists")
-    check_writable(path)
-    if path.exists():
-        with attempt(f"take {path} for earlier scores to replace; choose another --json"):
-            [scores["avg"] for scores in json.loads(path.read_text("utf-8")).values()]
-
-
-@one_line
 def main(argv=None):
-    """The command line: load the tasks, score each model, print the table."""
+    """The command line: load the tasks, score each model that can be scored, print the table."""
     args = parse_args(argv)
-    tasks, in_domain = load_tasks(args.data, args.tasks)
-    results = {}
-    try:
-        for name in args.models:
-            results[name] = evaluate(name, tasks, in_domain, args)
-            if args.json:
+    results, failed = {}, []
+    with interruptible("nothing is lost but this model's scores"):
+        tasks, in_domain = load_tasks(args.data, args.tasks)
+        for name, pooling in zip(args.models, args.pooling):
+            try:
+                results[name] = evaluate(name, pooling, tasks, in_domain, args)
+            except SystemExit:  # told already; the others' scores are not lost
+                failed.append(name)
+            if args.json and results:
                 write_json(args.json, results)
-    finally:  # a model that fails loses no other's scores
-        if results:
-            print("\n" + markdown(results, tasks, in_domain))
+    if results:
+        print("\n" + markdown(results, tasks, in_domain))
+    if failed:
+        fail(f"no scores of {', '.join(failed)}; the reason stands above")
 
 
 if __name__ == "__main__":

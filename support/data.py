@@ -3,9 +3,6 @@
 A table is a list of dicts, a row each. What is not understood is refused, with its line.
 """
 
-from support import fail
-from support.files import attempt
-
 import csv
 import io
 import json
@@ -14,37 +11,51 @@ from typing import NamedTuple
 
 import numpy as np
 
+from support import attempt, fail
+
 DEMO = Path(__file__).parent.parent / "demo"
+IN_DOMAIN = ["emotion", "wic", "stsb"]
 
 
+# ---------------------------------------------------------------------------------- tables in files
 def read_table(path):
     """Rows of a .jsonl, .csv or .tsv file as dicts, of a .txt file as {"text": line}."""
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl", ".csv", ".tsv"):
-        fail(f"{path}: only .txt, .jsonl, .csv and .tsv files are read")
-    with attempt(f"read {path}"):
-        text = path.read_text(encoding="utf-8-sig")
+        fail(f"{path}: .txt, .jsonl, .csv and .tsv files are read")
+    with attempt(f"read {path}", OSError):
+        content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        fail(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8, not packed")
     if path.suffix in (".csv", ".tsv"):
         return read_csv(path, text)
     lines = text.removesuffix("\n").split("\n")  # splitlines would cut at U+2028 and its like, too
     if path.suffix == ".txt":
-        return [{"text": line} for line in lines]
+        return [{"text": line.removesuffix("\r")} for line in lines]
     rows = []
     for number, line in enumerate(lines, 1):
-        with attempt(f"read {path}, line {number}"):
+        with attempt(f"read {path}, line {number}", ValueError, RecursionError):
             if line.strip():
-                rows.append(json.loads(line))
+                rows.append(json.loads(line, object_pairs_hook=a_row))
                 json.dumps(rows[-1], ensure_ascii=False).encode()  # fails at half a character
                 if not isinstance(rows[-1], dict):
                     raise ValueError("it is no object with columns")
     return rows
 
 
-def read_csv(path, text):
-    """The rows of a .csv or .tsv file, whose first line names the columns.
+def a_row(pairs):
+    """A JSON object as a dict; ValueError if a key is repeated."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a column is repeated: {[key for key, _ in pairs]}")
+    return dict(pairs)
 
-    Each row must have a field a column. In a .tsv, where a quotation mark is often just that, none
-    may go on over the end of its line.
+
+def read_csv(path, text):
+    """The rows of a .csv or .tsv file, whose first line names the columns, a field a column.
+
+    In a .tsv, where a quotation mark is often just that, none may go on over the end of its line.
     """
     tabs, rows, start = path.suffix == ".tsv", [], 1
     lines = csv.DictReader(io.StringIO(text), delimiter="\t" if tabs else ",", strict=True)
@@ -54,8 +65,10 @@ def read_csv(path, text):
             raise csv.Error(f"two columns of one name, or blanks around a name: {names}")
         start = lines.line_num + 1
         for row in lines:
-            if None in row or None in row.values():
-                raise csv.Error(f"it does not have {len(names)} fields; quote those with a comma")
+            if None in row:
+                raise csv.Error(f"it has more than {len(names)} fields; quote one that has a comma")
+            if None in row.values():
+                raise csv.Error(f"it has fewer than {len(names)} fields")
             if tabs and any("\n" in field for field in row.values()):
                 raise csv.Error('a field begins with " and swallows the next line')
             rows.append(row)
@@ -66,6 +79,7 @@ def read_csv(path, text):
     return rows
 
 
+# -------------------------------------------------------------------------------------- the corpus
 def read_corpus(name, seed=42):
     """(sentences, sources) of `demo`, `paper` or a file: lists of n str, as they stand there.
 
@@ -75,8 +89,10 @@ def read_corpus(name, seed=42):
         return paper_corpus(seed)
     rows = read_table(DEMO / "corpus.jsonl" if name == "demo" else name)
     for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("text"), str):
-            fail(f"{name} needs a text column in every row; row {number} has: {', '.join(row)}")
+        if "text" not in row:
+            fail(f"{name} needs a column named text; row {number} has: {', '.join(row)}")
+        if not isinstance(row["text"], str):
+            fail(f"{name}: the text of row {number} is not text, but {row['text']!r}")
         if not isinstance(row.get("source"), (str, int, type(None))):
             fail(f"{name}: the source of row {number} is no name, but {row['source']!r}")
     own = [row.get("source") for row in rows]
@@ -97,24 +113,29 @@ def paper_corpus(seed):
     return sentences, sources
 
 
-def unique(sentences):
-    """The positions of the sentences to keep: no blank ones, no repeats (Appendix D).
+def unique_corpus(name, seed=42):
+    """(texts, sources, kept, n): no blank sentences, no repeats (Appendix D); blanks around go.
 
-    Prints how many went. Ends the program if none is left.
+    kept: the positions of the texts among the corpus's n sentences. Prints how many went. Ends the
+    program if none is left.
     """
+    sentences, sources = read_corpus(name, seed)
     first = {}
     for i, sentence in enumerate(sentences):
         first.setdefault(sentence.strip(), i)
     blank = sum(not sentence.strip() for sentence in sentences)
     first.pop("", None)
     repeated = len(sentences) - blank - len(first)
-    counts = f"{blank} blank and {repeated} repeated removed, {len(first)} left"
-    print(f"{len(sentences)} sentences: {counts}")
+    if blank or repeated:
+        counts = f"{blank} blank and {repeated} repeated removed, {len(first)} left"
+        print(f"{len(sentences)} sentences: {counts}")
     if not first:
-        fail("the corpus holds no sentence")
-    return list(first.values())
+        fail(f"the corpus {name} holds no sentence")
+    kept = list(first.values())
+    return list(first), [sources[i] for i in kept], kept, len(sentences)
 
 
+# ------------------------------------------------------------------ the nine benchmarks on the Hub
 class Benchmark(NamedTuple):
     """Where a benchmark lives on the Hub, and how its columns and labels become ours."""
 
@@ -142,7 +163,6 @@ HUB = {  # in Table 1's order
     "sts12": Benchmark("mteb/sts12-sts", STS, "a0d554a64d88156834ff5ae9920b964011b16384"),
     "stsb": Benchmark("mteb/stsbenchmark-sts", STS, "b0fddb56ed78048fa8b90373c8a3cfc37b684831"),
 }
-IN_DOMAIN = ["emotion", "wic", "stsb"]
 
 
 def load_hub_split(task, split):
@@ -152,7 +172,7 @@ def load_hub_split(task, split):
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     name, columns, revision, config, labels = HUB[task]
-    with attempt(f"load {task} ({name}, {split}) from the Hub (--data DIR works offline)"):
+    with attempt(f"load {task} ({name}, {split}) from the Hub; a folder works offline"):
         data = datasets.load_dataset(name, config, split=split, revision=revision)
     if missing := set(columns) - set(data.column_names):
         there = ", ".join(data.column_names)

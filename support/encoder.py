@@ -3,25 +3,26 @@
 N is a batch's size, T its longest sentence in tokens, d the model's width.
 """
 
-from support import fail
-from support.files import attempt, digest
-from support.run import progress
-
 import inspect
 import json
-import os
-import zlib
+import tempfile
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import tokenizers
 import torch
-import transformers
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer
+
+from support import attempt, fail
+from support.files import digest
+from support.run import progress
 
 PIECE = 16  # rows of a piece of a batch on a CPU, which gains by less padding
+PROBES = ["The Capital of France", "naïve Straße, two  blanks?", "3.14 and 北京", "a"]
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,11 @@ class Encoder:
     """A transformers model, its tokenizer, and how a sentence becomes one vector."""
 
     model: torch.nn.Module
-    tokenizer: transformers.PreTrainedTokenizerBase
+    tokenizer: tokenizers.Tokenizer  # as tokenizer.json has it, with no padding
+    files: dict  # name -> bytes: the tokenizer files that the model came with
     pooling: str  # "cls", "mean" or "last"
     max_length: int  # tokens; longer sentences are cut
+    lower: bool  # sentence-transformers' own do_lower_case
     widths: tuple  # of each of the L layers
 
     @property
@@ -44,13 +47,18 @@ class Encoder:
         """d, the width of the last layer and so of the sentence embedding."""
         return self.widths[-1]
 
+    def identity(self):
+        """A hash of all that makes it but the weights."""
+        facts = [self.model.config.to_json_string(), self.pooling, self.max_length, self.lower]
+        return digest(facts, *chain.from_iterable(sorted(self.files.items())))
+
 
 class Tokens(NamedTuple):
     """n sentences as token ids, end to end."""
 
     ids: np.ndarray  # int32
+    types: np.ndarray | None  # token_type_ids, where they are not all 0
     starts: np.ndarray  # (n + 1,): where each sentence begins, and the end
-    pad_id: int
 
 
 # ------------------------------------------------------------------------------- pooling, batches
@@ -74,32 +82,48 @@ def pool(hidden, attention_mask, pooling):
 
 def tokenize(encoder, sentences):
     """Tokens of n sentences, cut to the encoder's maximum length. Prints how many were cut."""
-    tokenizer, pieces, lengths, cut = encoder.tokenizer, [], [], 0
+    ids, types, lengths, cut = [], [], [], 0
+    encoder.tokenizer.enable_truncation(encoder.max_length)
     for i in range(0, len(sentences), 1_000):  # in slices: the library's own output is far larger
-        texts = sentences[i : i + 1_000]
-        rows = tokenizer(texts, truncation=True, max_length=encoder.max_length)
-        pieces.append(np.fromiter(chain.from_iterable(rows["input_ids"]), dtype=np.int32))
-        lengths += map(len, rows["input_ids"])
-        cut += sum(bool(encoding.overflowing) for encoding in rows.encodings or [])
+        rows = encoder.tokenizer.encode_batch(sentences[i : i + 1_000])
+        ids.append(np.fromiter(chain.from_iterable(row.ids for row in rows), np.int32))
+        types.append(np.fromiter(chain.from_iterable(row.type_ids for row in rows), np.int8))
+        lengths += [len(row.ids) for row in rows]
+        cut += sum(bool(row.overflowing) for row in rows)
     if cut:
         print(f"{cut} of {len(sentences)} sentences are cut after {encoder.max_length} tokens")
     if not all(lengths):
         empty = sentences[lengths.index(0)]
         fail(f"the tokenizer makes nothing of the sentence {empty[:60]!r}; leave it out")
-    own = getattr(encoder.model.config, "pad_token_id", None)
-    ids = (tokenizer.pad_token_id, own, tokenizer.eos_token_id, 0)
+    ids, types = np.concatenate(ids), np.concatenate(types)
     vectors = encoder.model.get_input_embeddings().num_embeddings
-    pad_id = next(i for i in ids if i is not None and 0 <= i < vectors)
-    return Tokens(np.concatenate(pieces), np.concatenate([[0], np.cumsum(lengths)]), pad_id)
+    if ids.max() >= vectors:
+        fail(f"the tokenizer gives the id {ids.max()}; the model has {vectors} word embeddings")
+    types = types if types.any() and takes(encoder.model, "token_type_ids") else None
+    return Tokens(ids, types, np.concatenate([[0], np.cumsum(lengths)]))
 
 
-def pad(tokens, rows, device):
-    """One batch for a model: N positions -> {input_ids, attention_mask}, (N, T) each."""
-    texts = [torch.from_numpy(tokens.ids[tokens.starts[i] : tokens.starts[i + 1]]) for i in rows]
-    ids = pad_sequence(texts, batch_first=True, padding_value=tokens.pad_id).long()
-    lengths = torch.tensor([len(text) for text in texts])
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    return {"input_ids": to_device(ids, device), "attention_mask": to_device(mask, device)}
+def takes(model, name):
+    """Whether a model's forward pass has an argument of that name."""
+    return name in inspect.signature(model.forward).parameters
+
+
+def pad(tokens, rows, model):
+    """One batch for a model: N positions -> {input_ids, attention_mask, ...}, (N, T) each."""
+    parts = [slice(tokens.starts[i], tokens.starts[i + 1]) for i in rows]
+    own = getattr(model.config, "pad_token_id", None)  # positions may be counted from it
+    fill = own if own and 0 < own < model.get_input_embeddings().num_embeddings else 0
+    columns = {
+        "input_ids": ([tokens.ids[part] for part in parts], fill),
+        "attention_mask": ([np.ones(part.stop - part.start, np.int32) for part in parts], 0),
+    }
+    if tokens.types is not None:
+        columns["token_type_ids"] = ([tokens.types[part] for part in parts], 0)
+    batch = {}
+    for name, (texts, value) in columns.items():
+        padded = pad_sequence(list(map(torch.from_numpy, texts)), True, padding_value=value)
+        batch[name] = to_device(padded.long(), model.device)
+    return batch
 
 
 def to_device(tensor, device):
@@ -113,8 +137,9 @@ class Corpus:
     """The tokenised sentences of a cache, their cached targets and their domains."""
 
     def __init__(self, cache, student):
-        self.tokens, self.device = tokenize(student, cache["sentences"]), student.model.device
+        self.tokens, self.student = tokenize(student, cache["sentences"]), student
         self.embeddings = cache["embeddings"]  # (n, d_T), on disk; None without a teacher
+        self.d_T = 0 if self.embeddings is None else self.embeddings.shape[1]
         self.domains = torch.from_numpy(np.unique(cache["sources"], return_inverse=True)[1])
 
     def __len__(self):
@@ -122,40 +147,43 @@ class Corpus:
 
     def batch(self, rows):
         """Positions (N,) -> tokens, (N, T) each; E^T, (N, d_T), or None; domains, (N,)."""
-        teacher = None
+        model, teacher = self.student.model, None
         if self.embeddings is not None:
-            teacher = to_device(self.embeddings[rows].float(), self.device)
-        tokens = pad(self.tokens, rows.tolist(), self.device)
-        return tokens, teacher, to_device(self.domains[rows], self.device)
+            teacher = to_device(self.embeddings[rows].float(), model.device)
+        tokens = pad(self.tokens, rows.tolist(), model)
+        return tokens, teacher, to_device(self.domains[rows], model.device)
 
     def identity(self):
-        """A hash of all that is learnt from: tokens, targets, domains."""
-        targets = [] if self.embeddings is None else [self.embeddings]
-        return digest(*self.tokens, self.domains, *targets)
+        """A hash of what is learnt from, tokens, targets and domains, and of who learns."""
+        what = [*self.tokens[::2], self.domains, *([] if self.d_T == 0 else [self.embeddings])]
+        return digest(self.student.identity(), *what)
 
 
-def pieces_of_like_length(batch):
-    """(order, pieces): a right-padded batch as smaller ones with less padding, for a CPU.
-
-    order (N,) holds the rows of the pieces one after another. On an accelerator: one piece, all.
-    """
-    lengths = batch["attention_mask"].sum(1)
-    if lengths.device.type != "cpu":
-        return torch.arange(len(lengths), device=lengths.device), [batch]
-    order = lengths.argsort(stable=True)
-    pieces = [(rows, lengths[rows].max()) for rows in order.split(PIECE)]
-    return order, [{name: t[rows, :T] for name, t in batch.items()} for rows, T in pieces]
-
-
+# -------------------------------------------------------------------------------- forward passes
 def forward(model, batch, **how):
     """What a model gives for a batch, without the keys and values that a next token would need."""
-    takes = inspect.signature(model.forward).parameters
-    return model(**batch, **how, **({"use_cache": False} if "use_cache" in takes else {}))
+    return model(**batch, **how, **({"use_cache": False} if takes(model, "use_cache") else {}))
 
 
-def hidden_states(model, batch):
-    """The token states after each layer: L of (N, T, d). The embedding layer's are left out."""
-    return forward(model, batch, output_hidden_states=True).hidden_states[1:]
+def pooled_layers(student, tokens, precision="float32", from_layer=1):
+    """Pooled states after each layer of a right-padded batch: L of (N, d); layer 0 is the embeddings.
+
+    On a CPU the batch goes through in pieces of sentences of like length, with less padding. In
+    training, matrix products are of that precision.
+    """
+    model, lengths, pooled = student.model, tokens["attention_mask"].sum(1), []
+    on_cpu = lengths.device.type == "cpu"
+    order = lengths.argsort(stable=True) if on_cpu else torch.arange(len(lengths)).to(lengths)
+    for rows in order.split(PIECE if on_cpu else len(order)):
+        longest = lengths[rows].max() if on_cpu else tokens["input_ids"].shape[1]
+        piece = {name: t[rows, :longest] for name, t in tokens.items()}
+        half = precision == "bfloat16" and model.training
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+            states = forward(model, piece, output_hidden_states=True).hidden_states[from_layer:]
+        mask = piece["attention_mask"]
+        pooled.append([pool(h.to(model.dtype), mask, student.pooling) for h in states])
+    restore = order.argsort()
+    return [torch.cat(E)[restore] for E in zip(*pooled, strict=True)]
 
 
 @torch.inference_mode()
@@ -168,73 +196,86 @@ def encode(encoder, tokens, batch_size, label=None, part=None):
     """
     model, d = encoder.model.eval(), encoder.dimensions
     order = np.argsort(-np.diff(tokens.starts), kind="stable")
-    embeddings = torch.empty(len(order), d)
-    done = read_part(part, embeddings, batch_size) if part else embeddings[:0]
-    embeddings[order[: len(done)]] = done
-    bar = progress(len(order), "sent", label, initial=len(done))
-    with bar:
-        for start in range(len(done), len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = pad(tokens, rows, model.device)
-            try:
-                hidden = forward(model, batch).last_hidden_state  # (N, T, d)
-            except torch.OutOfMemoryError:
-                bar.close()
-                fail(f"{model.device} is out of memory; try a smaller --batch_size or --max_length")
-            vectors = pool(hidden, batch["attention_mask"], encoder.pooling).float().cpu()
-            embeddings[rows] = vectors
-            if part:
-                with attempt(f"write {part}"), open(part, "ab") as file:
-                    bits = vectors.contiguous().numpy().view(np.uint32)
-                    file.write(np.column_stack([bits, checksums(bits)]).tobytes())
-            bar.update(len(rows))
-    return embeddings
+    rows = open_part(part, len(order), d) if part else np.zeros((len(order), d + 1), np.float32)
+    there = rows[order, d] > 0  # the last column tells which rows are there
+    done = int(there.argmin() if not there.all() else len(order)) // batch_size * batch_size
+    if done:
+        print(f"going on where it stopped: {done} sentences are embedded")
+    with progress(len(order), "sent", label, initial=done) as bar:
+        for start in range(done, len(order), batch_size):
+            some = order[start : start + batch_size]
+            batch = pad(tokens, some, model)
+            hidden = forward(model, batch).last_hidden_state  # (N, T, d)
+            vectors = pool(hidden, batch["attention_mask"], encoder.pooling)
+            rows[some, :d] = vectors.float().cpu().numpy()
+            rows[some, d] = 1  # after the vectors
+            bar.update(len(some))
+    return torch.from_numpy(rows[:, :d].copy())
 
 
-def checksums(rows):
-    """One number for each row, (m, d) -> uint32 (m,), by which a torn one is known."""
-    return np.array([zlib.crc32(row) for row in rows], dtype=np.uint32)
-
-
-def read_part(path, embeddings, batch_size):
-    """The whole batches of usable rows that a file begins with, float32 (m, d); cuts the rest.
-
-    embeddings: (n, d), what is to be filled.
-    """
-    n, d = embeddings.shape
+def open_part(path, n, d):
+    """A file as an array, float32 (n, d + 1), with zeros where nothing was written yet."""
     with attempt(f"write {path}"):
-        Path(path).touch()
-        bits = np.fromfile(path, dtype=np.uint32, count=n * (d + 1))
-        bits = bits[: len(bits) // (d + 1) * (d + 1)].reshape(-1, d + 1)
-        rows = bits[:, :d].view(np.float32)
-        torn = (checksums(rows) != bits[:, d]) | ~np.isfinite(rows).all(1)
-        usable = int(torn.argmax()) if torn.any() else len(rows)
-        usable -= usable % batch_size
-        os.truncate(path, 4 * (d + 1) * usable)
-    if usable:
-        print(f"going on where it stopped: {usable} sentences are embedded")
-    return torch.from_numpy(rows[:usable])
+        if not Path(path).exists() or Path(path).stat().st_size != 4 * n * (d + 1):
+            np.zeros((n, d + 1), np.float32).tofile(path)  # which takes the room that it needs
+        return np.memmap(path, np.float32, "r+", shape=(n, d + 1))
 
 
 # ----------------------------------------------------------------------------------------- saving
 def save_encoder(folder, encoder):
-    """Write an encoder as both transformers and sentence-transformers load it."""
-    encoder.tokenizer.model_max_length = encoder.max_length
+    """Write an encoder as both transformers and sentence-transformers load it.
+
+    Its tokenizer files are those that it came with. Ends the program if transformers reads other
+    token ids from them than the encoder was trained with.
+    """
     encoder.model.save_pretrained(folder)
-    encoder.tokenizer.save_pretrained(folder)
+    for name, content in encoder.files.items():
+        Path(folder, name).write_bytes(content)
     names = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
     modes = {f"pooling_mode_{name}": encoder.pooling == key for key, name in names.items()}
     modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling")]
     kind = "sentence_transformers.models."  # a form that all versions of the library know
+    limit = {"max_seq_length": encoder.max_length, "do_lower_case": encoder.lower}
     files = {
         "modules.json": [
             {"idx": int(name), "name": name, "path": path, "type": kind + module}
             for name, path, module in modules
         ],
         "1_Pooling/config.json": {"word_embedding_dimension": encoder.dimensions} | modes,
-        "sentence_bert_config.json": {"max_seq_length": encoder.max_length, "do_lower_case": False},
+        "sentence_bert_config.json": limit,
         "config_sentence_transformers.json": {"prompts": {}, "default_prompt_name": None},
     }
     Path(folder, "1_Pooling").mkdir(exist_ok=True)
     for file, content in files.items():
         Path(folder, file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    check_ids(folder, encoder)
+
+
+def check_ids(folder, encoder):
+    """End the program if transformers reads other ids from the saved files than the encoder's."""
+    saved = AutoTokenizer.from_pretrained(folder)
+    probes = [text.lower() if encoder.lower else text for text in PROBES]
+    theirs = saved(probes, truncation=True, max_length=encoder.max_length)["input_ids"]
+    encoder.tokenizer.enable_truncation(encoder.max_length)
+    if theirs != [row.ids for row in encoder.tokenizer.encode_batch(probes)]:
+        fail(
+            "transformers reads other tokens from the student's files than its tokenizer.json has; "
+            'write "tokenizer_class": "PreTrainedTokenizerFast" into its tokenizer_config.json'
+        )
+
+
+def rehearse(student, corpus, two_views):
+    """Try a batch in training mode, and the saving, before hours are spent on what can't end well.
+
+    Ends the program if training yields other layers than evaluation; says so where dropout does
+    nothing to the two views that SimCSE compares.
+    """
+    config, tokens = student.model.config.to_dict(), corpus.batch(torch.arange(2))[0]
+    if drops := [key for key, value in config.items() if "layerdrop" in key and value]:
+        fail(f"the student leaves out layers in training; set {drops[0]} to 0 in its config.json")
+    with torch.random.fork_rng(), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        student.model.train()
+        layers = pooled_layers(student, {name: t.repeat(2, 1) for name, t in tokens.items()})
+        save_encoder(folder, student)
+    if two_views and torch.equal(*layers[-1].chunk(2)):
+        print("the student has no dropout: the two views that SimCSE compares are the same")

@@ -1,43 +1,19 @@
-"""Files that are whole or not there, and one line for each error around them."""
-
-from support import fail
+"""Files that are whole or absent: no input is written over, nothing is replaced unasked."""
 
 import hashlib
 import json
 import os
 import pickle
-from contextlib import contextmanager, suppress
-from errno import ENOSPC
+import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
+from support import attempt, fail
 
-def reason(error):
-    """Why something failed, in a few words."""
-    link = error
-    while link and getattr(link, "errno", None) != ENOSPC:
-        link = link.__cause__ or link.__context__
-    told = link or error  # torch.save hides a full disk behind an error of its own
-    if isinstance(told, OSError) and told.strerror:
-        return told.strerror
-    if isinstance(error, pickle.UnpicklingError):
-        return "it holds more than tensors and plain values"
-    words = " ".join(str(error).split())
-    return words if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {words}"
-
-
-@contextmanager
-def attempt(what):
-    """Make any error in this block one line, the fault of the user's file: keep the block small."""
-    try:
-        yield
-    except NameError:
-        raise  # no file's fault
-    except Exception as error:
-        fail(f"cannot {what}: {reason(error)}")
+TORN = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 @contextmanager
@@ -45,24 +21,33 @@ def whole(path):
     """A temporary path to write to; it takes the place of `path` when the block has ended well."""
     partial = Path(f"{path}.partial")
     try:
-        with attempt(f"write {path}"):
+        with attempt(f"write {path}", OSError, RuntimeError):  # torch.save's own is the latter
             yield partial
             os.replace(partial, path)
     finally:
-        with suppress(OSError, ValueError):
-            partial.unlink()
+        partial.unlink(missing_ok=True)
 
 
 def save(path, content):
     """torch.save, whole or not at all."""
-    with whole(path) as partial, open(partial, "wb") as file:
-        torch.save(content, file)
+    with whole(path) as partial:
+        torch.save(content, partial)
 
 
-def load(path):
-    """torch.load of tensors and plain values; runs no code of the file's, and leaves it on disk."""
-    with attempt(f"read {path}"):
-        return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+def load(path, mmap=True):
+    """torch.load of tensors and plain values; runs no code of the file's.
+
+    With `mmap` the tensors stay on disk, unchecked; without, each is held against its checksum.
+    """
+    if not zipfile.is_zipfile(path):  # also the error of a path that is not there, or a folder
+        with attempt(f"read {path}"), open(path, "rb"):
+            fail(f"{path} is no file that torch.save wrote, or only a part of one")
+    with attempt(f"read {path}", *TORN):
+        if not mmap:
+            with zipfile.ZipFile(path) as archive:
+                if torn := archive.testzip():
+                    raise ValueError(f"{torn} in it is damaged")
+        return torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
 
 
 def write_json(path, content):
@@ -72,44 +57,27 @@ def write_json(path, content):
         partial.write_text(text, encoding="utf-8")
 
 
-def keep_apart(output, **inputs):
-    """End the program if the output is one of the inputs: a flag's name and its path each."""
-    for flag, path in inputs.items():
-        with suppress(OSError, ValueError):
-            if os.path.samefile(output, path):
-                fail(f"--output {output} is the --{flag} itself; choose another --output")
+def check_output(flag, path, **inputs):
+    """End the program if a file can't be written there, or is one of the inputs: flags and paths.
 
-
-def check_writable(path):
-    """End the program if neither this name nor a longer, temporary one can be written there."""
+    Before any work: the folder must be there, the name must not be a folder's or a link's.
+    """
+    path = Path(path)
+    if str(path) in ("", ".") or path.is_dir() or not path.parent.is_dir():
+        fail(f"{flag} {str(path)!r} must be a file's name in a folder that exists")
+    keep_apart(flag, path, **inputs)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        fail(f"{flag} {path} is a link or no plain file; give the file's own name")
     with attempt(f"write {path}"):
-        str(path).encode()  # not every library takes another name than in UTF-8
-        longest = Path(f"{Path(path).absolute()}.may-i-write-{os.getpid():010}")
-        longest.parent.mkdir(parents=True, exist_ok=True)
-        longest.touch(exist_ok=False)
-        longest.unlink()
+        Path(f"{path}.partial").touch()
+        Path(f"{path}.partial").unlink()
 
 
-@contextmanager
-def alone(output):
-    """Keep other runs from writing to this output, a file or a folder, while the block lasts."""
-    path = Path(output).absolute()
-    path = path.with_name(f".{path.name}.talas-lock")
-    lock, made = FileLock(path), [one for one in path.parents if not os.path.exists(one)]
-    check_writable(output)
-    with attempt(f"write {output}"):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            fail(f"another run is writing to {output}; choose another --output")
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        lock.release()
-        with suppress(OSError):  # a run that wrote nothing leaves no folder behind
-            for folder in made:
-                folder.rmdir()
+def keep_apart(flag, output, **inputs):
+    """End the program if the output is one of the inputs: a flag's name and its path each."""
+    for name, path in inputs.items():
+        if os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path):
+            fail(f"{flag} {output} is the --{name} itself; choose another {flag}")
 
 
 def positive(text):
@@ -120,12 +88,13 @@ def positive(text):
 
 
 def digest(*parts):
-    """A hash of plain values, arrays and tensors, in their order."""
+    """A hash of plain values, bytes, arrays and tensors, in their order."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, torch.Tensor):
             for values in part.detach().reshape(-1).split(1 << 24):  # a large one may lie on disk
                 total.update(values.cpu().view(torch.uint8).numpy())
         else:
-            total.update(part if isinstance(part, np.ndarray) else json.dumps(part).encode())
+            plain = not isinstance(part, (np.ndarray, bytes))
+            total.update(json.dumps(part).encode() if plain else part)
     return total.hexdigest()
