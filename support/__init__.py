@@ -17,10 +17,13 @@ def fail(message):
 
 @contextmanager
 def attempt(what, *errors):
-    """Make the `errors` that reading a file or a model raises one line: keep the block small."""
+    """Make the `errors` of reading a file or a model one line; keep the block small.
+
+    Without any: OSError and ValueError.
+    """
     try:
         yield
-    except errors or (OSError, ValueError) as error:
+    except errors or (OSError, ValueError) as error:  # noqa: B030 - it is a tuple of classes
         plain = isinstance(error, OSError) and error.strerror
         fail(f"cannot {what}: {plain or str(error) or type(error).__name__}")
 
@@ -31,5 +34,5 @@ def interruptible(advice):
     try:
         yield
     except KeyboardInterrupt:
-        print(file=sys.stderr)  # the bar ends where it is
+        print(file=sys.stderr)  # a progress bar ends where it is
         fail(f"interrupted; {advice}")

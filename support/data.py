@@ -7,7 +7,6 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -136,33 +135,25 @@ def unique_corpus(name, seed=42):
 
 
 # ------------------------------------------------------------------ the nine benchmarks on the Hub
-class Benchmark(NamedTuple):
-    """Where a benchmark lives on the Hub, and how its columns and labels become ours."""
-
-    dataset: str
-    columns: dict  # the Hub's name -> ours
-    revision: str | None = None
-    config: str | None = None
-    labels: dict | None = None  # the Hub's label -> ours
-
-
-TEXT = {"text": "text", "label": "label"}
-PAIR = {"sentence1": "sentence1", "sentence2": "sentence2", "label": "label"}
-STS = {"sentence1": "sentence1", "sentence2": "sentence2", "score": "score"}
-SCITAIL = {"premise": "sentence1", "hypothesis": "sentence2", "label": "label"}
-SICK = {"sentence_A": "sentence1", "sentence_B": "sentence2", "relatedness_score": "score"}
-TWEET, YES_NO = "mteb/tweet_sentiment_extraction", {"entails": 1, "neutral": 0}
-HUB = {  # in Table 1's order
-    "banking77": Benchmark("mteb/banking77", TEXT, "18072d2685ea682290f7b8924d94c62acc19c0b2"),
-    "tweet": Benchmark(TWEET, TEXT, "7261898ee3b9a739595e8dbf41df6b2332f429bb"),
-    "emotion": Benchmark("mteb/emotion", TEXT, "13535ec7ed83ac3920c40db3c3fd4133af55cc06"),
-    "mrpc": Benchmark("nyu-mll/glue", PAIR, config="mrpc"),
-    "scitail": Benchmark("allenai/scitail", SCITAIL, config="tsv_format", labels=YES_NO),
-    "wic": Benchmark("Deehan1866/WiC", PAIR),
-    "sick": Benchmark("RobZamp/sick", SICK, "refs/convert/parquet"),
-    "sts12": Benchmark("mteb/sts12-sts", STS, "a0d554a64d88156834ff5ae9920b964011b16384"),
-    "stsb": Benchmark("mteb/stsbenchmark-sts", STS, "b0fddb56ed78048fa8b90373c8a3cfc37b684831"),
+TEXT, PAIR, STS = "text label", "sentence1 sentence2 label", "sentence1 sentence2 score"
+HUB = {  # in Table 1's order: dataset, configuration, revision, its columns, what they are here
+    "banking77": ("mteb/banking77", None, "18072d2685ea682290f7b8924d94c62acc19c0b2", TEXT, TEXT),
+    "tweet": (
+        *("mteb/tweet_sentiment_extraction", None, "7261898ee3b9a739595e8dbf41df6b2332f429bb"),
+        *(TEXT, TEXT),
+    ),
+    "emotion": ("mteb/emotion", None, "13535ec7ed83ac3920c40db3c3fd4133af55cc06", TEXT, TEXT),
+    "mrpc": ("nyu-mll/glue", "mrpc", None, PAIR, PAIR),
+    "scitail": ("allenai/scitail", "tsv_format", None, "premise hypothesis label", PAIR),
+    "wic": ("Deehan1866/WiC", None, None, PAIR, PAIR),
+    "sick": (
+        *("RobZamp/sick", None, "refs/convert/parquet"),
+        *("sentence_A sentence_B relatedness_score", STS),
+    ),
+    "sts12": ("mteb/sts12-sts", None, "a0d554a64d88156834ff5ae9920b964011b16384", STS, STS),
+    "stsb": ("mteb/stsbenchmark-sts", None, "b0fddb56ed78048fa8b90373c8a3cfc37b684831", STS, STS),
 }
+YES_NO = {"entails": 1, "neutral": 0}  # SciTail's labels
 
 
 def load_hub_split(task, split):
@@ -171,16 +162,15 @@ def load_hub_split(task, split):
 
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    name, columns, revision, config, labels = HUB[task]
+    name, config, revision, theirs, ours = HUB[task]
+    theirs, ours = theirs.split(), ours.split()
     with attempt(f"load {task} ({name}, {split}) from the Hub; a folder works offline"):
         data = datasets.load_dataset(name, config, split=split, revision=revision)
-    if missing := set(columns) - set(data.column_names):
-        there = ", ".join(data.column_names)
-        fail(f"{name} has no column {', '.join(sorted(missing))}; it has {there}")
-    data = data.select_columns(list(columns))
-    rows = [{ours: row[theirs] for theirs, ours in columns.items()} for row in data]
-    for row in rows if labels else []:
-        if row["label"] not in labels:
-            fail(f"{name} has the label {row['label']!r}; known: {', '.join(labels)}")
-        row["label"] = labels[row["label"]]
+    if missing := set(theirs) - set(data.column_names):
+        fail(f"{name} has no column {missing}; it has {', '.join(data.column_names)}")
+    rows = [dict(zip(ours, map(row.get, theirs))) for row in data.select_columns(theirs)]
+    for row in rows if task == "scitail" else []:
+        if row["label"] not in YES_NO:
+            fail(f"{name} has the label {row['label']!r}; known: {', '.join(YES_NO)}")
+        row["label"] = YES_NO[row["label"]]
     return rows

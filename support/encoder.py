@@ -18,11 +18,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
 from support import attempt, fail
-from support.files import digest
+from support.files import digest, write_json
 from support.run import progress
 
 PIECE = 16  # rows of a piece of a batch on a CPU, which gains by less padding
 PROBES = ["The Capital of France", "naïve Straße, two  blanks?", "3.14 and 北京", "a"]
+POOLING_FLAGS = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ class Encoder:
     def identity(self):
         """A hash of all that makes it but the weights."""
         facts = [self.model.config.to_json_string(), self.pooling, self.max_length, self.lower]
-        return digest(facts, *chain.from_iterable(sorted(self.files.items())))
+        return digest(facts, *(self.files[name] for name in sorted(self.files)))
 
 
 class Tokens(NamedTuple):
     """n sentences as token ids, end to end."""
 
     ids: np.ndarray  # int32
-    types: np.ndarray | None  # token_type_ids, where they are not all 0
+    types: np.ndarray | None  # token_type_ids, where a model takes them and they are not all 0
     starts: np.ndarray  # (n + 1,): where each sentence begins, and the end
 
 
@@ -78,6 +79,11 @@ def pool(hidden, attention_mask, pooling):
         weights = mask / mask.sum(1, keepdim=True)  # (N, T); first, so that no half-precision sum
         return torch.einsum("nt,ntd->nd", weights, hidden)  # overflows
     raise ValueError(f"pooling must be cls, mean or last, not {pooling!r}")
+
+
+def takes(model, name):
+    """Whether a model's forward pass has an argument of that name."""
+    return name in inspect.signature(model.forward).parameters
 
 
 def tokenize(encoder, sentences):
@@ -103,34 +109,19 @@ def tokenize(encoder, sentences):
     return Tokens(ids, types, np.concatenate([[0], np.cumsum(lengths)]))
 
 
-def takes(model, name):
-    """Whether a model's forward pass has an argument of that name."""
-    return name in inspect.signature(model.forward).parameters
-
-
 def pad(tokens, rows, model):
     """One batch for a model: N positions -> {input_ids, attention_mask, ...}, (N, T) each."""
     parts = [slice(tokens.starts[i], tokens.starts[i + 1]) for i in rows]
-    own = getattr(model.config, "pad_token_id", None)  # positions may be counted from it
-    fill = own if own and 0 < own < model.get_input_embeddings().num_embeddings else 0
-    columns = {
-        "input_ids": ([tokens.ids[part] for part in parts], fill),
-        "attention_mask": ([np.ones(part.stop - part.start, np.int32) for part in parts], 0),
-    }
-    if tokens.types is not None:
-        columns["token_type_ids"] = ([tokens.types[part] for part in parts], 0)
-    batch = {}
-    for name, (texts, value) in columns.items():
-        padded = pad_sequence(list(map(torch.from_numpy, texts)), True, padding_value=value)
-        batch[name] = to_device(padded.long(), model.device)
-    return batch
+    own = getattr(model.config, "pad_token_id", None) or 0  # positions may be counted from it
+    fill = own if 0 < own < model.get_input_embeddings().num_embeddings else 0
 
+    def column(values, fill=0):
+        texts = [torch.from_numpy(values[part]).long() for part in parts]
+        return pad_sequence(texts, batch_first=True, padding_value=fill).to(model.device)
 
-def to_device(tensor, device):
-    """A copy there, for which the host does not wait."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    mask = column(np.ones_like(tokens.ids))
+    batch = {"input_ids": column(tokens.ids, fill), "attention_mask": mask}
+    return batch if tokens.types is None else batch | {"token_type_ids": column(tokens.types)}
 
 
 class Corpus:
@@ -147,16 +138,16 @@ class Corpus:
 
     def batch(self, rows):
         """Positions (N,) -> tokens, (N, T) each; E^T, (N, d_T), or None; domains, (N,)."""
-        model, teacher = self.student.model, None
-        if self.embeddings is not None:
-            teacher = to_device(self.embeddings[rows].float(), model.device)
+        model = self.student.model
         tokens = pad(self.tokens, rows.tolist(), model)
-        return tokens, teacher, to_device(self.domains[rows], model.device)
+        teacher = self.embeddings[rows].float().to(model.device) if self.d_T else None
+        return tokens, teacher, self.domains[rows].to(model.device)
 
     def identity(self):
         """A hash of what is learnt from, tokens, targets and domains, and of who learns."""
-        what = [*self.tokens[::2], self.domains, *([] if self.d_T == 0 else [self.embeddings])]
-        return digest(self.student.identity(), *what)
+        targets = [self.embeddings] if self.d_T else []
+        own = self.student.identity()
+        return digest(own, self.tokens.ids, self.tokens.starts, self.domains, *targets)
 
 
 # -------------------------------------------------------------------------------- forward passes
@@ -166,18 +157,17 @@ def forward(model, batch, **how):
 
 
 def pooled_layers(student, tokens, precision="float32", from_layer=1):
-    """Pooled states after each layer of a right-padded batch: L of (N, d); layer 0 is the embeddings.
+    """Pooled states after each layer of a right-padded batch: L of (N, d). Layer 0: embeddings.
 
     On a CPU the batch goes through in pieces of sentences of like length, with less padding. In
     training, matrix products are of that precision.
     """
     model, lengths, pooled = student.model, tokens["attention_mask"].sum(1), []
-    on_cpu = lengths.device.type == "cpu"
+    on_cpu, half = lengths.device.type == "cpu", precision == "bfloat16" and student.model.training
     order = lengths.argsort(stable=True) if on_cpu else torch.arange(len(lengths)).to(lengths)
     for rows in order.split(PIECE if on_cpu else len(order)):
         longest = lengths[rows].max() if on_cpu else tokens["input_ids"].shape[1]
         piece = {name: t[rows, :longest] for name, t in tokens.items()}
-        half = precision == "bfloat16" and model.training
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
             states = forward(model, piece, output_hidden_states=True).hidden_states[from_layer:]
         mask = piece["attention_mask"]
@@ -194,15 +184,15 @@ def encode(encoder, tokens, batch_size, label=None, part=None):
     a batch fails at once. With `part`, a path, the embeddings are kept in that file while they are
     made, and a second call goes on from there.
     """
-    model, d = encoder.model.eval(), encoder.dimensions
+    model, n, d = encoder.model.eval(), len(tokens.starts) - 1, encoder.dimensions
     order = np.argsort(-np.diff(tokens.starts), kind="stable")
-    rows = open_part(part, len(order), d) if part else np.zeros((len(order), d + 1), np.float32)
+    rows = open_part(part, n, d) if part else np.zeros((n, d + 1), np.float32)
     there = rows[order, d] > 0  # the last column tells which rows are there
-    done = int(there.argmin() if not there.all() else len(order)) // batch_size * batch_size
+    done = (n if there.all() else int(there.argmin())) // batch_size * batch_size
     if done:
         print(f"going on where it stopped: {done} sentences are embedded")
-    with progress(len(order), "sent", label, initial=done) as bar:
-        for start in range(done, len(order), batch_size):
+    with progress(n, "sent", label, initial=done) as bar:
+        for start in range(done, n, batch_size):
             some = order[start : start + batch_size]
             batch = pad(tokens, some, model)
             hidden = forward(model, batch).last_hidden_state  # (N, T, d)
@@ -228,36 +218,32 @@ def save_encoder(folder, encoder):
     Its tokenizer files are those that it came with. Ends the program if transformers reads other
     token ids from them than the encoder was trained with.
     """
+    folder = Path(folder)
     encoder.model.save_pretrained(folder)
     for name, content in encoder.files.items():
-        Path(folder, name).write_bytes(content)
-    names = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
-    modes = {f"pooling_mode_{name}": encoder.pooling == key for key, name in names.items()}
-    modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling")]
-    kind = "sentence_transformers.models."  # a form that all versions of the library know
+        (folder / name).write_bytes(content)
+    library = AutoTokenizer.from_pretrained(folder)
+    if library.pad_token is None:  # sentence-transformers pads
+        about = json.loads(encoder.files.get("tokenizer_config.json", b"{}"))
+        pad_token = library.eos_token or library.unk_token or library.convert_ids_to_tokens(0)
+        write_json(folder / "tokenizer_config.json", about | {"pad_token": pad_token})
+    modes = {f"pooling_mode_{flag}": encoder.pooling == p for p, flag in POOLING_FLAGS.items()}
+    modules = []
+    for i, (path, kind) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling")]):
+        kind = f"sentence_transformers.models.{kind}"  # a form that all its versions know
+        modules.append({"idx": i, "name": str(i), "path": path, "type": kind})
+    write_json(folder / "modules.json", modules)
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    sizes = {"word_embedding_dimension": encoder.dimensions}
+    write_json(folder / "1_Pooling" / "config.json", sizes | modes)
     limit = {"max_seq_length": encoder.max_length, "do_lower_case": encoder.lower}
-    files = {
-        "modules.json": [
-            {"idx": int(name), "name": name, "path": path, "type": kind + module}
-            for name, path, module in modules
-        ],
-        "1_Pooling/config.json": {"word_embedding_dimension": encoder.dimensions} | modes,
-        "sentence_bert_config.json": limit,
-        "config_sentence_transformers.json": {"prompts": {}, "default_prompt_name": None},
-    }
-    Path(folder, "1_Pooling").mkdir(exist_ok=True)
-    for file, content in files.items():
-        Path(folder, file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    check_ids(folder, encoder)
-
-
-def check_ids(folder, encoder):
-    """End the program if transformers reads other ids from the saved files than the encoder's."""
-    saved = AutoTokenizer.from_pretrained(folder)
+    write_json(folder / "sentence_bert_config.json", limit)
+    about = {"prompts": {}, "default_prompt_name": None}
+    write_json(folder / "config_sentence_transformers.json", about)
     probes = [text.lower() if encoder.lower else text for text in PROBES]
-    theirs = saved(probes, truncation=True, max_length=encoder.max_length)["input_ids"]
     encoder.tokenizer.enable_truncation(encoder.max_length)
-    if theirs != [row.ids for row in encoder.tokenizer.encode_batch(probes)]:
+    ours = [row.ids for row in encoder.tokenizer.encode_batch(probes)]
+    if library(probes, truncation=True, max_length=encoder.max_length)["input_ids"] != ours:
         fail(
             "transformers reads other tokens from the student's files than its tokenizer.json has; "
             'write "tokenizer_class": "PreTrainedTokenizerFast" into its tokenizer_config.json'

@@ -21,7 +21,7 @@ def whole(path):
     """A temporary path to write to; it takes the place of `path` when the block has ended well."""
     partial = Path(f"{path}.partial")
     try:
-        with attempt(f"write {path}", OSError, RuntimeError):  # torch.save's own is the latter
+        with attempt(f"write {path}", OSError, RuntimeError):  # the latter is torch.save's own
             yield partial
             os.replace(partial, path)
     finally:
@@ -34,47 +34,41 @@ def save(path, content):
         torch.save(content, partial)
 
 
+def write_json(path, content):
+    """A JSON file, whole or not at all."""
+    with whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def load(path, mmap=True):
     """torch.load of tensors and plain values; runs no code of the file's.
 
     With `mmap` the tensors stay on disk, unchecked; without, each is held against its checksum.
     """
-    if not zipfile.is_zipfile(path):  # also the error of a path that is not there, or a folder
-        with attempt(f"read {path}"), open(path, "rb"):
-            fail(f"{path} is no file that torch.save wrote, or only a part of one")
     with attempt(f"read {path}", *TORN):
-        if not mmap:
-            with zipfile.ZipFile(path) as archive:
-                if torn := archive.testzip():
-                    raise ValueError(f"{torn} in it is damaged")
+        with open(path, "rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError("torch.save did not write it, or it is only a part of a file")
+        if not mmap and (torn := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"it is damaged: {torn}")
         return torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
 
 
-def write_json(path, content):
-    """A JSON file, whole or not at all."""
-    text = json.dumps(content, indent=2) + "\n"
-    with whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
 def check_output(flag, path, **inputs):
-    """End the program if a file can't be written there, or is one of the inputs: flags and paths.
-
-    Before any work: the folder must be there, the name must not be a folder's or a link's.
-    """
-    path = Path(path)
-    if str(path) in ("", ".") or path.is_dir() or not path.parent.is_dir():
-        fail(f"{flag} {str(path)!r} must be a file's name in a folder that exists")
-    keep_apart(flag, path, **inputs)
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        fail(f"{flag} {path} is a link or no plain file; give the file's own name")
-    with attempt(f"write {path}"):
-        Path(f"{path}.partial").touch()
-        Path(f"{path}.partial").unlink()
+    """End the program if a file can't be written there; inputs: other flags' names and paths."""
+    out = Path(path)
+    if not path or path.endswith("/") or out.is_dir() or not out.parent.is_dir():
+        fail(f"{flag} {path!r} must be a file's name in a folder that exists")
+    keep_apart(flag, out, **inputs)
+    if out.is_symlink() or (out.exists() and not out.is_file()):
+        fail(f"{flag} {out} is a link or no plain file; give the file's own name")
+    with attempt(f"write {out}"):
+        Path(f"{out}.partial").touch()
+        Path(f"{out}.partial").unlink()
 
 
 def keep_apart(flag, output, **inputs):
-    """End the program if the output is one of the inputs: a flag's name and its path each."""
+    """End the program if the output is one of the inputs: other flags' names and paths."""
     for name, path in inputs.items():
         if os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path):
             fail(f"{flag} {output} is the --{name} itself; choose another {flag}")
@@ -95,6 +89,6 @@ def digest(*parts):
             for values in part.detach().reshape(-1).split(1 << 24):  # a large one may lie on disk
                 total.update(values.cpu().view(torch.uint8).numpy())
         else:
-            plain = not isinstance(part, (np.ndarray, bytes))
-            total.update(json.dumps(part).encode() if plain else part)
+            raw = isinstance(part, (np.ndarray, bytes))
+            total.update(part if raw else json.dumps(part).encode())
     return total.hexdigest()

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
@@ -31,27 +30,13 @@ SMALL = ["*.json", "*.txt", "*.model", "*.bpe", "*.codes"]  # all but weights
 OTHER_WEIGHTS = ["onnx/*", "openvino/*", "original/*", "consolidated*"]
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*")
 TOKENIZER_FILES += ("merges.txt", "*.model", "*.bpe", "*.codes")
-UNDERSTOOD = {  # sentence-transformers' files: a key's values that change nothing here
-    "sentence_bert_config.json": {
-        "transformer_task": ("feature-extraction",),
-        "modality_config": (
-            {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
-        ),
-        "module_output_name": ("token_embeddings",),
-        "unpad_inputs": (True, False),
-    },
-    "config_sentence_transformers.json": {"similarity_fn_name": ("cosine", "dot", "euclidean")}
-    | {"model_type": ("SentenceTransformer",)},
-    "1_Pooling/config.json": {"include_prompt": (True, False)},
-}
-POOLINGS = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean"}
-POOLINGS |= {"lasttoken": "last"}
-READS_BOTH_WAYS = ("xlnet", "bert-generation")  # though listed as decoders alone
+POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}  # sentence-transformers' -> ours
+READS_BOTH_WAYS = ("xlnet", "bert-generation")  # though the library lists them as decoders alone
 
 
 # ------------------------------------------------------------------------------ a folder of files
 def model_folder(name):
-    """A directory, or that of a Hub id's files, downloaded or from the cache. Ends the program."""
+    """The path of a directory, or of a Hub id's files, downloaded or from the cache."""
     if Path(name).exists():
         return Path(name)
     errors = (OSError, ValueError, HfHubHTTPError)
@@ -63,74 +48,71 @@ def model_folder(name):
         return Path(folder)
 
 
-def read_json(folder, file):
-    """The object in a JSON file of a model; {} if there is no such file."""
-    path = folder / file
+def read_json(path):
+    """What a JSON file of a model holds; {} if there is no such file."""
     with attempt(f"read {path}"):
-        content = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        if not isinstance(content, (dict, list)):
-            raise ValueError("it holds no object")
-        return content
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
-def refuse_unknown(path, config):
-    """End the program if a file of sentence-transformers has a key that is not understood."""
-    known = UNDERSTOOD["/".join(path.parts[-2:]) if path.parent.name == "1_Pooling" else path.name]
+def read_declared(path, **known):
+    """The object in a file of sentence-transformers; {} if there is none.
+
+    known: of each key the type or the values that are understood. Others end the program.
+    """
+    config = read_json(path)
     for key, value in config.items():
-        if value is not None and value not in known.get(key, ()):
-            fail(f"{path}: {key} {json.dumps(value)[:60]} is not implemented; {ARRAY}")
+        fits = known.get(key, ())
+        if value is not None and not (type(value) is fits if type(fits) is type else value in fits):
+            fail(f"{path}: {key} {json.dumps(value)[:80]} is not implemented; {ARRAY}")
+    return config
 
 
-def read_declarations(folder):
+def read_declarations(root):
     """(folder of the weights, pooling, max_seq_length, do_lower_case) as the model's files say.
 
     None where they say nothing. Ends the program if they ask for what is not implemented here.
     """
-    modules = read_json(folder, "modules.json")
+    modules = read_json(root / "modules.json")
     if not modules:
-        return folder, None, None, False
+        return root, None, None, False
     kinds = [module["type"] for module in modules]
-    own = [kind.rsplit(".", 1)[-1] for kind in kinds if kind.startswith("sentence_transformers.")]
-    if (
-        own[:2] != ["Transformer", "Pooling"]
-        or own[2:] not in ([], ["Normalize"])
-        or own != [kind.rsplit(".", 1)[-1] for kind in kinds]
-    ):
-        fail(
-            f"{folder / 'modules.json'}: {kinds} is more than a Transformer and a Pooling; {ARRAY}"
-        )
-    inner = folder / modules[0]["path"]
-    pooling = read_pooling(folder / modules[1]["path"])
-    config = read_json(inner, "sentence_bert_config.json")
-    limit, lower = config.pop("max_seq_length", None), config.pop("do_lower_case", False)
-    refuse_unknown(inner / "sentence_bert_config.json", config)
-    if type(lower) is not bool or not (limit is None or (type(limit) is int and limit > 0)):
-        fail(
-            f"{inner / 'sentence_bert_config.json'}: max_seq_length {limit}, do_lower_case {lower}"
-        )
-    about = read_json(folder, "config_sentence_transformers.json")
-    prompts, default = about.pop("prompts", {}), about.pop("default_prompt_name", None)
-    about.pop("__version__", None)
-    refuse_unknown(folder / "config_sentence_transformers.json", about)
-    if (prompts or {}).get(default):
-        fail(f"{folder} puts a prompt before every sentence, {prompts[default]!r}; {ARRAY}")
-    return inner, pooling, limit, lower
+    names = [kind.rsplit(".", 1)[-1] for kind in kinds if kind.startswith("sentence_transformers.")]
+    if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        what = "is more than a Transformer, a Pooling and a Normalize of sentence-transformers"
+        fail(f"{root / 'modules.json'}: type {kinds} {what}; {ARRAY}")
+    about = read_declared(
+        root / "config_sentence_transformers.json",
+        **{"__version__": dict, "prompts": dict, "default_prompt_name": str},
+        **{"similarity_fn_name": str, "model_type": ("SentenceTransformer",)},
+    )
+    if prompt := (about.get("prompts") or {}).get(about.get("default_prompt_name")):
+        fail(f"{root} puts a prompt before every sentence, {prompt!r}; {ARRAY}")
+    folder, method = root / modules[0]["path"], {"method": "forward"}
+    config = read_declared(
+        next(folder.glob("sentence_*_config.json"), folder / "sentence_bert_config.json"),
+        **{"max_seq_length": int, "do_lower_case": bool, "unpad_inputs": bool},
+        transformer_task=("feature-extraction",),
+        module_output_name=("token_embeddings",),
+        modality_config=[{"text": method | {"method_output_name": "last_hidden_state"}}],
+    )
+    pooling = read_pooling(root / modules[1]["path"] / "config.json")
+    return folder, pooling, config.get("max_seq_length"), config.get("do_lower_case") or False
 
 
-def read_pooling(folder):
+def read_pooling(path):
     """The pooling that a Pooling module's config asks for, in its older or its newer form."""
-    if not (folder / "config.json").exists():
-        fail(f"{folder / 'config.json'} is missing, which modules.json names")
-    config, old = read_json(folder, "config.json"), "pooling_mode_"
-    flags = {key.removeprefix(old): config.pop(key) for key in [*config] if key.startswith(old)}
-    mode = config.pop("pooling_mode", [key for key, on in flags.items() if on] or "mean")
-    mode = mode if isinstance(mode, str) else "+".join(mode)
-    for key in ("word_embedding_dimension", "embedding_dimension"):
-        config.pop(key, None)
-    refuse_unknown(Path("1_Pooling", "config.json"), config)
-    if mode not in POOLINGS:
-        fail(f"{folder / 'config.json'} asks for {mode} pooling, which is not implemented; {ARRAY}")
-    return POOLINGS[mode]
+    if not path.exists():
+        fail(f"{path} is missing, which modules.json names")
+    old = {f"pooling_mode_{name}_tokens": (False,) for name in ("max", "mean_sqrt_len")}
+    old |= dict.fromkeys(("pooling_mode_cls_token", "pooling_mode_mean_tokens"), bool)
+    old |= {"pooling_mode_lasttoken": bool, "pooling_mode_weightedmean_tokens": (False,)}
+    sizes = {"word_embedding_dimension": int, "embedding_dimension": int, "include_prompt": bool}
+    config = read_declared(path, pooling_mode=tuple(POOLINGS), **old, **sizes)
+    flags = [key.split("_")[2] for key in old if config.get(key)]
+    modes = [config["pooling_mode"]] if config.get("pooling_mode") else flags or ["mean"]
+    if len(modes) > 1:
+        fail(f"{path}: pooling_mode {' + '.join(modes)} is not implemented; {ARRAY}")
+    return POOLINGS[modes[0]]
 
 
 # -------------------------------------------------------------------------------------- the model
@@ -145,27 +127,26 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
         fail(f"{name} holds an interrupted run; finish it first, with --resume")
     folder, declared, limit, lower = read_declarations(root)
     model = load_model(name, folder, dtype)
-    tokenizer, files = load_tokenizer(name, folder, model, lower)
+    tokenizer, files, about = load_tokenizer(name, folder, lower)
     pooling = settle_pooling(name, model.config, pooling, declared)
-    limit = find_limit(name, folder, model, tokenizer, limit, max_length)
+    told = limit or about.get("model_max_length")
+    limit = find_limit(name, model, tokenizer, about, (max_length, told))
     model.to(device).eval()
     return Encoder(model, tokenizer, files, pooling, limit, lower, find_widths(model, tokenizer))
 
 
 def load_model(name, folder, dtype):
     """The model itself, with all its weights."""
-    config = read_json(folder, "config.json")
-    if not config:
+    if not (folder / "config.json").exists():
         fail(f"{name} holds no model: {folder / 'config.json'} is missing")
     if (folder / "adapter_config.json").exists():
         fail(f"{folder / 'adapter_config.json'}: adapters are not implemented; merge it first")
-    if config.get("auto_map"):
+    if read_json(folder / "config.json").get("auto_map"):
         fail(f"{folder / 'config.json'}: auto_map names code of the model's own; {ARRAY}")
-    if config.get("is_encoder_decoder"):
-        fail(f"{name} is an encoder-decoder, which is not implemented; {ARRAY}")
-    with attempt(f"load {name}", *TORN, SafetensorError, KeyError):
-        if AutoConfig.from_pretrained(folder).is_encoder_decoder:
-            fail(f"{name} is an encoder-decoder, which is not implemented; {ARRAY}")
+    with attempt(f"load {name}", *TORN, SafetensorError):
+        config = AutoConfig.from_pretrained(folder)
+        if config.is_encoder_decoder:
+            raise ValueError(f"encoder-decoders are not implemented; {ARRAY}")
         how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, report = AutoModel.from_pretrained(folder, **how)
     if report["mismatched_keys"]:
@@ -176,73 +157,61 @@ def load_model(name, folder, dtype):
     return model
 
 
-def load_tokenizer(name, folder, model, lower):
-    """(tokenizers.Tokenizer, {name: content} of its files): as tokenizer.json has it, if there."""
-    config = read_json(folder, "tokenizer_config.json")
+def load_tokenizer(name, folder, lower):
+    """(tokenizers.Tokenizer, {name: content} of its files, what they say in words).
+
+    It is that of tokenizer.json, if there is one: transformers builds some anew from their class.
+    """
     found = {path.name: path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
     files = {key: path.read_bytes() for key, path in found.items()}
-    with attempt(f"load the tokenizer of {name}", Exception):  # tokenizers raises nothing narrower
+    about = read_json(folder / "special_tokens_map.json")
+    about |= read_json(folder / "tokenizer_config.json")
+    with attempt(f"load the tokenizer of {name}", Exception):  # the library raises nothing narrower
         if "tokenizer.json" in files:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer = Tokenizer.from_file(str(found["tokenizer.json"]))
         else:
             library = AutoTokenizer.from_pretrained(folder)
-            if not files.keys() & set(library.vocab_files_names.values()):
-                raise ValueError("it has no tokenizer files, such as tokenizer.json")
-            if not library.is_fast:
-                raise ValueError(f"{type(library).__name__} has no tokenizer.json; {ARRAY}")
+            if not files.keys() & set(library.vocab_files_names.values()) or not library.is_fast:
+                raise ValueError(f"it has no tokenizer.json; {ARRAY}")
             tokenizer = Tokenizer.from_str(library.backend_tokenizer.to_str())
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    check_tokenizer(name, tokenizer, config, files)
-    if lower:  # as sentence-transformers does it
-        own = tokenizer.normalizer
-        tokenizer.normalizer = Sequence([Lowercase(), *([own] if own else [])])
-    token = config.get("pad_token")
-    pad_id = tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token or "")
-    counted = position_embeddings(model)
-    if counted is not None and pad_id not in (None, counted.padding_idx):
-        fail(
-            f"{folder / 'config.json'}: positions are counted from the padding token's id "
-            f"{counted.padding_idx}, but it is {pad_id} in the tokenizer's files"
-        )
-    return tokenizer, files
-
-
-def check_tokenizer(name, tokenizer, config, files):
-    """End the program, or print, where tokenizer_config.json contradicts tokenizer.json."""
     ids = tokenizer.encode("a").ids
     for role, end in (("bos", 0), ("eos", -1)):
-        token = config.get(f"{role}_token")
-        own = tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token or "")
-        if config.get(f"add_{role}_token") and own is not None and ids[end] != own:
+        if about.get(f"add_{role}_token") and token_id(tokenizer, about, role) not in (
+            None,
+            ids[end],
+        ):
             what = f"add_{role}_token in tokenizer_config.json, but tokenizer.json adds none"
             fail(f"{name}: {what}; {ARRAY}")
-    asked = config.get("do_lower_case")
-    normalizer = json.loads(files.get("tokenizer.json", b"{}")).get("normalizer") or {}
-    for own in [normalizer, *normalizer.get("normalizers", [])]:
-        if asked is not None and own.get("lowercase", asked) != asked:
-            print(
-                f"{name}: do_lower_case is {asked} in tokenizer_config.json, {own['lowercase']} in"
-            )
-            print("tokenizer.json, which is followed; older libraries followed the other")
+    asked, normalizer = about.get("do_lower_case"), str(tokenizer.normalizer)
+    if asked is not None and f"lowercase={not asked}" in normalizer:
+        print(f"{name}: tokenizer_config.json says do_lower_case {asked}, tokenizer.json does not,")
+        print("and is followed; older versions of transformers followed the other")
+    if lower:  # as sentence-transformers does it
+        own = [tokenizer.normalizer] if tokenizer.normalizer else []
+        tokenizer.normalizer = Sequence([Lowercase(), *own])
+    return tokenizer, files, about
 
 
-def position_embeddings(model):
-    """The position embeddings of a model that counts them from its padding token's id, or None."""
-    for key, part in model.named_modules():
-        if "position_embeddings" in key and getattr(part, "padding_idx", None) is not None:
-            return part
-    return None
+def token_id(tokenizer, about, role):
+    """The id of the token that a tokenizer's files name for a role, such as pad, or None."""
+    token = about.get(f"{role}_token")
+    return tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token or "")
 
 
-def find_limit(name, folder, model, tokenizer, declared, asked):
-    """How many tokens of a sentence the model takes, at most as many as were asked for."""
+def find_limit(name, model, tokenizer, about, limits):
+    """How many tokens of a sentence the model takes, at most as many as the `limits` allow."""
     names = ("max_position_embeddings", "max_seq_len")
-    positions = next((n for name in names if (n := getattr(model.config, name, None))), 0)
-    if counted := position_embeddings(model):
-        positions = counted.num_embeddings - counted.padding_idx - 1
-    told = declared or read_json(folder, "tokenizer_config.json").get("model_max_length")
-    most = int(min(n for n in (asked, told, positions) if isinstance(n, (int, float)) and n > 0))
+    positions = next((n for key in names if (n := getattr(model.config, key, None))), 0)
+    for key, part in model.named_modules():  # some count positions from the padding token's id
+        first = getattr(part, "padding_idx", None) if "position_embeddings" in key else None
+        if first is not None:
+            positions = part.num_embeddings - first - 1
+            if (pad := token_id(tokenizer, about, "pad")) not in (None, first):
+                what = f"its config.json counts positions from the padding token's id, {first}"
+                fail(f"{name}: {what}, which is {pad} in its tokenizer's files")
+    most = int(min(n for n in (*limits, positions) if isinstance(n, (int, float)) and n > 0))
     special = tokenizer.num_special_tokens_to_add(False)
     if most <= special:
         fail(f"{name}: {most} tokens leave none of a sentence beside the {special} special ones")
@@ -251,12 +220,11 @@ def find_limit(name, folder, model, tokenizer, declared, asked):
 
 @torch.inference_mode()
 def find_widths(model, tokenizer):
-    """The widths of a model's layers, the embedding layer left out: one sentence goes through."""
+    """The widths of a model's layers, without the embedding layer: one word goes through."""
     ids = torch.tensor([tokenizer.encode("one").ids], device=model.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return tuple(
-        h.shape[-1] for h in forward(model, batch, output_hidden_states=True).hidden_states[1:]
-    )
+    states = forward(model, batch, output_hidden_states=True).hidden_states[1:]
+    return tuple(h.shape[-1] for h in states)
 
 
 def settle_pooling(name, config, asked, declared):
@@ -269,7 +237,7 @@ def settle_pooling(name, config, asked, declared):
     causal = kind in registry.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     masked = kind in registry.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     decoder = (causal and not masked) or getattr(config, "is_decoder", False)
-    unsure = not (causal or masked) or (causal and not masked and kind in READS_BOTH_WAYS)
+    unsure = kind in READS_BOTH_WAYS or not (causal or masked)
     if asked != "auto":
         pooling, why = asked, "as asked"
     elif declared:

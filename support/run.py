@@ -22,12 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from support import attempt, fail, interruptible
-from support.files import keep_apart, load, save, write_json
+from support.files import TORN, keep_apart, load, save, write_json
 
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl
 ADVICE = "try a lower --lr or --rho with another --output; the last whole epoch is kept in this one"
 MAY_BE_0 = ("lambda1", "lambda2", "lambda3", "lasd_layers", "rho", "eta", "disam_lambda")
 MAY_BE_0 += ("weight_decay", "warmup_ratio", "seed")
+NO_FACTS = ("resume", "overwrite", "output", "device", "teacher", "student")  # names, not content
 
 
 # ------------------------------------------------------------------------- devices and processes
@@ -47,9 +48,8 @@ def memory_mb(device):
         torch.accelerator.reset_peak_memory_stats(device)
         return peak
     statm = Path("/proc/self/statm")  # of Linux; elsewhere nothing is measured
-    pages = statm.read_text().split() if statm.exists() else [0, 0, 0]
-    own = int(pages[1]) - int(pages[2])  # without files, such as the cache
-    return own * os.sysconf("SC_PAGE_SIZE") / 2**20 if own else 0.0
+    _, resident, files, *_ = map(int, statm.read_text().split()) if statm.exists() else (0, 0, 0)
+    return (resident - files) * os.sysconf("SC_PAGE_SIZE") / 2**20  # the cache is a file
 
 
 def rank():
@@ -70,19 +70,18 @@ def started(s):
     """
     check_settings(s)
     with interruptible("--resume goes on from the last whole epoch"):
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            check_output(s)
-            yield
-            return
-        device = pick_device(s.device)
-        if device.type != "cpu":
-            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("gloo" if device.type == "cpu" else None)
+        if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            device = pick_device(s.device)
+            if device.type != "cpu":
+                torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+            distributed.init_process_group("gloo" if device.type == "cpu" else None)
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")
-        check_output(s)
+        else:
+            check_output(s)
         yield
-        distributed.destroy_process_group()  # not after an error: it would wait for the others
+        if distributed.is_initialized():  # not after an error: it would wait for the others
+            distributed.destroy_process_group()
 
 
 def seed_of(*what):
@@ -94,12 +93,10 @@ def seed_of(*what):
 def check_settings(s, also_0=()):
     """End the program if a setting has no meaning; also_0: more names of what may be 0."""
     for name, value in asdict(s).items():
-        is_number = type(value) in (int, float)
-        if is_number and not (0 <= value < 2**63 and (value or name in (*MAY_BE_0, *also_0))):
-            least = "at least" if name in (*MAY_BE_0, *also_0) else "above"
+        may_be_0 = name in (*MAY_BE_0, *also_0)
+        if type(value) in (int, float) and not (0 <= value < 2**63 and (value or may_be_0)):
+            least = "at least" if may_be_0 else "above"
             fail(f"--{name} {value}: it must be {least} 0 and less than 2**63")
-    if not s.output:
-        fail("--output '': give the folder for the student a name")
     if s.warmup_ratio > 1:
         fail(f"--warmup_ratio {s.warmup_ratio}: it is a part of the steps, at most 1")
     if s.lambda1 == s.lambda2 == s.lambda3 == 0:
@@ -125,29 +122,27 @@ def check_fit(s, student, corpus):
 
 def interrupted(folder):
     """Whether a folder holds a checkpoint of ours: that of a run that was not finished."""
-    path = Path(folder, "checkpoint.pt")
-    if not path.is_file():
+    try:
+        saved = torch.load(Path(folder, "checkpoint.pt"), weights_only=True, mmap=True)
+        return {"epoch", "facts", "states"} <= saved.keys()
+    except (*TORN, AttributeError):  # there is none, or another program's
         return False
-    saved = load(path)
-    return isinstance(saved, dict) and {"epoch", "facts", "states"} <= saved.keys()
 
 
 def check_output(s):
-    """End the program if what is in the output folder is not to be touched."""
+    """End the program if what is in the output folder is not to be touched; else make the folder."""
     keep_apart("--output", s.output, student=s.student, teacher=s.teacher)
-    out = Path(s.output)
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        fail(f"--output {out} must be a folder, no file and no link")
-    begun = interrupted(out)
-    if s.resume and not begun:
+    out, begun = Path(s.output), interrupted(s.output)
+    if not s.output or out.is_symlink() or (out.exists() and not out.is_dir()):
+        fail(f"--output {s.output!r} must be the name of a folder, no file and no link")
+    if s.resume and not (out / "checkpoint.pt").exists():
         fail(f"{out} has no checkpoint to resume; without --resume the run begins")
     if begun and not (s.resume or s.overwrite):
         fail(f"{out} holds an interrupted run; --resume it, --overwrite it, or change --output")
     if out.exists() and any(out.iterdir()) and not (s.resume or s.overwrite):
         fail(f"{out} exists; choose another --output, or --overwrite it")
-    if rank() == 0:
-        with attempt(f"write --output {out}"):
-            out.mkdir(exist_ok=True)
+    with attempt(f"write --output {out}"):
+        out.mkdir(exist_ok=True)
 
 
 # ----------------------------------------------------------------------------- on the way and after
@@ -159,44 +154,40 @@ def progress(total, unit, label=None, initial=0):
 
 
 class Run:
-    """A training under way: its checkpoint, its metrics.jsonl and its share of the processes.
-
-    steps: batches of an epoch, over all processes.
-    """
+    """A training under way: its checkpoint, its metrics.jsonl, its share of the processes."""
 
     def __init__(self, s, corpus, objective, steps):
-        self.s, self.device, self.weights = s, objective.model.device, objective
+        """steps: batches of an epoch, over all processes."""
+        self.s, self.device = s, objective.model.device
         self.steps, self.values = steps // processes(), []
         self.total_steps = s.epochs * self.steps
-        self.checkpoint, self.path = (
-            Path(s.output, "checkpoint.pt"),
-            Path(s.output, "metrics.jsonl"),
-        )
-        own = ("resume", "overwrite", "output", "device", "teacher", "student")
-        self.facts = {f"--{name}": value for name, value in asdict(s).items() if name not in own}
+        self.checkpoint, self.log = (Path(s.output, f) for f in ("checkpoint.pt", "metrics.jsonl"))
+        self.facts = {f"--{key}": value for key, value in asdict(s).items() if key not in NO_FACTS}
         self.facts |= {"student or corpus": corpus.identity(), "number of processes": processes()}
-        self.objective = objective
+        self.parts, self.objective = {"weights": objective}, objective
         if processes() > 1:  # each backward pass averages its gradients over the processes
             devices = None if self.device.type == "cpu" else [self.device]
-            how = {"device_ids": devices, "find_unused_parameters": True}  # such as BERT's pooler's
-            self.objective = DistributedDataParallel(objective, **how)
+            unused = {"find_unused_parameters": True}  # such as those of BERT's pooler
+            self.objective = DistributedDataParallel(objective, device_ids=devices, **unused)
 
     def start_from(self, optimizer, scheduler):
-        """The epochs to come, by number: all of them, or with --resume those after the saved one."""
-        self.parts = {"weights": self.weights, "adamw": optimizer, "scheduler": scheduler}
-        epoch = self.restored() if self.s.resume else 0
+        """The epochs to come: all of them, or with --resume those after the last whole one."""
+        self.parts |= {"adamw": optimizer, "scheduler": scheduler}
+        first = self.restored() if self.s.resume else 0
+        lines = read_metrics(self.s.output) if self.s.resume else []
         if not self.s.resume:
             self.save(0)
-        self.count = epoch * self.steps
-        lines = read_metrics(self.s.output) if self.s.resume else []
+        self.count = first * self.steps
         self.write(*(line for line in lines if line["step"] <= self.count), mode="w")
         self.bar = progress(self.total_steps, "step", initial=self.count)
-        memory_mb(self.device)  # the first peak is of training, not of what this process did before
-        return range(epoch, self.s.epochs)
+        memory_mb(self.device)  # the first peak is of training, not of what was before
+        return range(first, self.s.epochs)
 
     def restored(self):
         """Go back to the saved state, whose facts must be those of now; returns its epoch."""
         saved = load(self.checkpoint, mmap=False)
+        if not interrupted(self.s.output):
+            fail(f"{self.checkpoint} is no checkpoint of this program's")
         for name, now in self.facts.items():
             if now != (before := saved["facts"].get(name)):
                 fail(f"--resume with another {name}: it was {before}, now it is {now}")
@@ -224,7 +215,7 @@ class Run:
     def write(self, *lines, mode="a"):
         """Append lines to metrics.jsonl."""
         if rank() == 0:
-            with open(self.path, mode, encoding="utf-8") as file:
+            with open(self.log, mode, encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def step(self, values, lr):
@@ -241,14 +232,13 @@ class Run:
         ms = 1000 * (time.perf_counter() - self.clock) / len(rows)
         for row, column in (~rows.isfinite()).nonzero().tolist():
             self.bar.close()
-            fail(
-                f"step {self.count - len(rows) + 1 + row}: {[*values][column]} is not finite; {ADVICE}"
-            )
+            step = self.count - len(rows) + 1 + row
+            fail(f"step {step}: {list(values)[column]} is not finite; {ADVICE}")
         means = dict(zip(values, rows.mean(0).tolist()))
         about = {"step": self.count, "epoch": -(-self.count // self.steps)}
         cost = {"lr": lr, "ms_per_step": ms, "memory_mb": memory_mb(self.device)}
         self.write(about | means | cost)
-        self.bar.set_postfix({name: f"{means[name]:.4f}" for name in means}, refresh=False)
+        self.bar.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()}, refresh=False)
         self.values, self.clock = [], time.perf_counter()
 
     def end_epoch(self, values):
@@ -257,15 +247,17 @@ class Run:
         self.write({"end_of_epoch": epoch, "step": self.count} | values)
         memory_mb(self.device)  # the next peak is the next epoch's
         self.save(epoch)
+        if epoch == self.s.epochs:
+            self.bar.close()
 
 
 def read_metrics(folder):
-    """The lines of a run's metrics.jsonl; a line that is none is left out: it is a log."""
+    """The lines of a run's metrics.jsonl; what can't be read is left out: it is a log."""
     path, lines = Path(folder, "metrics.jsonl"), []
     for text in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
-            lines += [line] if isinstance(line["step"], int) else []
+            lines += [line] if math.isfinite(line["step"]) else []
         except (ValueError, TypeError, KeyError):
             continue
     return lines
@@ -273,10 +265,12 @@ def read_metrics(folder):
 
 def cost(folder):
     """Table 3 from metrics.jsonl: the median time of a step; mean, peak and spread of memory."""
-    lines = [line for line in read_metrics(folder) if {"ms_per_step", "memory_mb"} <= line.keys()]
-    times, sizes = ([line[key] for line in lines] for key in ("ms_per_step", "memory_mb"))
-    if not lines or not all(map(math.isfinite, times + sizes)):
+    keys = "ms_per_step", "memory_mb"
+    pairs = [[line.get(key, math.nan) for key in keys] for line in read_metrics(folder)]
+    pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
+    if not pairs:
         return {}
+    times, sizes = zip(*pairs)
     speed = {"ms_per_step": statistics.median(times[len(times) // 10 :])}  # without the warm-up
     memory = {"mean_mb": statistics.fmean(sizes), "peak_mb": max(sizes)}
     return speed | memory | {"std_mb": statistics.pstdev(sizes)}
@@ -284,27 +278,19 @@ def cost(folder):
 
 def finish(s, cache, write):
     """Let `write(folder)` write the result; add talas.json; move all into the output, whole."""
-    out, costs = Path(s.output), cost(s.output)
-    about = {"settings": asdict(s), "teacher": cache["teacher"], "corpus": cache["fingerprint"]}
-    about |= {"versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    out, draft, costs = Path(s.output), Path(s.output, ".saving"), cost(s.output)
     if rank() == 0:
-        with draft(out) as folder:
-            write(folder)
-            write_json(folder / "talas.json", about | {"cost": costs})
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        with attempt(f"write {out}", OSError):
+            write(draft)
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        about = {"teacher": cache["teacher"], "corpus": cache["fingerprint"], "cost": costs}
+        write_json(draft / "talas.json", {"settings": asdict(s), **about, "versions": versions})
+        for path in sorted(path for path in draft.rglob("*") if path.is_file()):
+            (out / path.relative_to(draft)).parent.mkdir(exist_ok=True)
+            os.replace(path, out / path.relative_to(draft))  # each of them whole
+        shutil.rmtree(draft)
         (out / "checkpoint.pt").unlink()
     print(", ".join(f"{name} {value:.1f}" for name, value in costs.items()))
     print(f"student saved to {out}")
-
-
-@contextmanager
-def draft(out, keep=True):
-    """A folder to write files to, of which each then takes its place in `out`, if it is to."""
-    folder = out / ".saving"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    with attempt(f"write {out}", OSError):
-        yield folder
-        for path in sorted(path for path in folder.rglob("*") if path.is_file() and keep):
-            (out / path.relative_to(folder)).parent.mkdir(exist_ok=True)
-            os.replace(path, out / path.relative_to(folder))
-    shutil.rmtree(folder)
