@@ -101,8 +101,8 @@ def load_cache(path, needed=True):
     """
     if not needed and not path.endswith(".pt"):
         texts, sources, *_ = unique_corpus(path)
-        cache = {"sentences": texts, "sources": sources, "embeddings": None, "teacher": None}
-        return cache | {"fingerprint": fingerprint(texts)}
+        cache = {"sentences": texts, "sources": sources, "embeddings": torch.zeros(len(texts), 0)}
+        return cache | {"teacher": None, "fingerprint": fingerprint(texts)}
     if not Path(path).exists():
         fail(f"no teacher cache at {path}; make one: python cache_teacher.py --output {path}")
     cache = load(path)
@@ -121,7 +121,7 @@ def load_cache(path, needed=True):
         fail(f"{path}: the sentences are not those that were embedded (fingerprint)")
     if cache.get("checksum") not in (None, digest(embeddings)) or not usable(embeddings).all():
         fail(f"{path} is damaged: its embeddings are not those that were written; make it anew")
-    return cache | {"embeddings": embeddings.detach() if needed else None}
+    return cache | {"embeddings": embeddings.detach() if needed else embeddings[:, :0]}
 
 
 # ------------------------------------------------------------------------------------ command line

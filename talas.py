@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=4 talas.py --teacher ...     # data-parallel, on 4 GPUs
 
 In the paper's order: settings (Appendix E), losses (Eqs. 3-7, 10-12), ASAM (Eq. 2), Algorithm 1,
-sharpness (Table 4). N is the batch size, T the number of tokens, L that of the student's layers,
-K that of the anchored ones, d_S and d_T the two models' dimensions.
+sharpness (Table 4). N is the batch size, T the number of tokens, L that of the student's layers, K
+of the anchored ones, d_S and d_T the two models' dimensions, M the number of a batch's domains.
 """
 
 from dataclasses import dataclass
@@ -28,14 +28,17 @@ from support.encoder import Corpus, pool, pooled_layers, rehearse, save_encoder 
 from support.loading import load_encoder
 from support.run import Run, check_fit, finish, pick_device, seed_of, started
 
+W_START = 1e-3  # standard deviation: Eq. 3's cosine ignores W_l's length, which only slows turning
+SHARPNESS_BATCHES = 2  # over which Table 4's λ_max is measured, the same ones whatever the seed
+
 
 # ---------------------------------------------------------------------------------------- settings
 @dataclass(frozen=True)
 class Settings:
     """Every setting. The paper's: lambda1-3, lr, epochs, batch_size (Appendix E), K = 2 (Fig. 3).
 
-    Choices, where it is silent (docs/notes.md): temperature, rho, eta, disam_lambda, weight_decay,
-    warmup_ratio, projection_lr_scale, max_length, pooling, detach_guide, lasd_layers.
+    Choices, where it is silent (docs/notes.md): temperature, lasd_layers, detach_guide, rho, eta,
+    disam_lambda, projection_lr_scale, weight_decay, warmup_ratio, max_length, pooling.
     """
 
     teacher: str = HfArg(default="teacher.pt", help="the cache; without TAMD, a corpus will do")
@@ -90,8 +93,7 @@ def relation_matrix(E):
 def lasd_loss(layers, detach_guide=False):
     """Layer-aligned self-distillation, Eq. 5: ‖R_{l+1} - R_l‖²_F / N², mean over adjacent layers.
 
-    layers: L >= 2 of (N, d_S), bottom to top. A scalar. `detach_guide` makes R_{l+1} a fixed target
-    for R_l.
+    layers: L >= 2 of (N, d_S), bottom to top. `detach_guide`: R_{l+1} is a fixed target. A scalar.
     """
     R = [relation_matrix(E) for E in layers]  # L of (N, N)
     guides = [r.detach() for r in R[1:]] if detach_guide else R[1:]
@@ -111,13 +113,10 @@ def total_loss(layers, projections, teacher, s):
     layers: all L, (views, N, d_S); projections: K of W_l (d_S, d_T); teacher: E^T, (N, d_T).
     """
     first = [E[0] for E in layers]  # L of (N, d_S): the view that TAMD and LASD see
-    simcse = tamd = lasd = 0.0
-    if s.lambda1:
-        simcse = simcse_loss(*layers[-1], s.temperature)
-    if s.lambda2:
-        tamd = tamd_loss(first[-s.anchored_layers :], projections, teacher)
-    if s.lambda3:
-        lasd = lasd_loss(first[-s.lasd_layers :], s.detach_guide)  # [-0:] is all of them
+    top, chained = first[-s.anchored_layers :], first[-s.lasd_layers :]  # [-0:] is all of them
+    simcse = simcse_loss(*layers[-1], s.temperature) if s.lambda1 else 0.0
+    tamd = tamd_loss(top, projections, teacher) if s.lambda2 else 0.0
+    lasd = lasd_loss(chained, s.detach_guide) if s.lambda3 else 0.0
     loss = s.lambda1 * simcse + s.lambda2 * tamd + s.lambda3 * lasd
     terms = {"simcse": simcse, "tamd": tamd, "lasd": lasd}
     return loss, {name: term for name, term in terms.items() if torch.is_tensor(term)}
@@ -126,20 +125,17 @@ def total_loss(layers, projections, teacher, s):
 def disam_objective(losses, counts, weight):
     """What DISAM climbs on, Eqs. 10-12: Σ α_i L_i - λ Var{L_i} over the M domains of a batch.
 
-    losses: L_i, (M,); counts: the sentences of each domain, (M,), α_i their share; weight: λ. A
-    scalar. One domain has no variance, so that SAM is left.
+    losses: L_i, (M,); counts: sentences of each domain, (M,), of which α_i is the share; weight: λ.
     """
     alpha = counts.to(losses.dtype) / counts.sum()
-    differences = losses[:, None] - losses[None, :]  # (M, M)
-    variance = differences.square().sum() / (2 * len(losses) ** 2)  # Eq. 12
+    variance = (losses[:, None] - losses).square().mean() / 2  # of (M, M) differences, Eq. 12
     return (alpha * losses).sum() - weight * variance
 
 
 def embed(student, tokens, s, views=1):
     """Sentence embeddings after each layer (Section 3): L of e_l, (views, N, d_S).
 
-    student: an Encoder; tokens: a batch, input_ids and attention_mask, (N, T). Each view has
-    dropout masks of its own.
+    student: an Encoder; tokens: input_ids, attention_mask, (N, T). Each view has its own dropout.
     """
     tokens = {name: t.repeat(views, 1) for name, t in tokens.items()}  # (views N, T)
     pooled = pooled_layers(student, tokens, s.precision)  # L of (views N, d_S)
@@ -156,21 +152,16 @@ class Objective(torch.nn.Module):
         self.projections = torch.nn.ParameterList(projections)
 
     def forward(self, tokens, teacher, domains=None):
-        """(loss, {its terms}) at the present w; with domains, (N,), what DISAM climbs on, Eq. 10.
-
-        L_i of Eq. 10 is Eq. 7 on the sentences of domain i alone: their negatives, their R.
-        """
+        """(loss, {its terms}) at the present w; with domains, (N,), what DISAM climbs on, Eq. 10."""
         views = 2 if self.s.lambda1 else 1
         layers = embed(self.student, tokens, self.s, views)  # L of (views, N, d_S)
         loss, terms = total_loss(layers, self.projections, teacher, self.s)
         if domains is None:
             return loss, terms | {"loss": loss}
+        # L_i is Eq. 7 on the sentences of domain i alone: their negatives, their R
         present, counts = domains.unique(return_counts=True)  # (M,)
-        losses = []
-        for domain in present:
-            rows = domains == domain  # (N,)
-            own = [E[:, rows] for E in layers], self.projections, teacher[rows], self.s
-            losses.append(total_loss(*own)[0])
+        own = [([E[:, domains == d] for E in layers], teacher[domains == d]) for d in present]
+        losses = [total_loss(E, self.projections, e_T, self.s)[0] for E, e_T in own]
         climbed = disam_objective(torch.stack(losses), counts, self.s.disam_lambda)
         return climbed, terms | {"loss": loss}
 
@@ -198,13 +189,15 @@ class ASAM:
         moved = [p for group in groups for p in group["params"] if p.grad is not None]
         if not moved:
             return
-        T = {p: p.abs() + self.eta if self.adaptive else torch.ones_like(p) for p in moved}
-        Tg = {p: T[p] * p.grad for p in moved}  # T_w ∇L(w)
-        norm = torch.stack([t.norm() for t in Tg.values()]).norm()  # over all parameters together
-        scale = torch.where(norm > 1e-12, self.rho / norm, 0.0)  # no gradient: no step
+        T = {}  # T_w = diag(|w| + η), a tensor a parameter
+        for p in moved:
+            T[p] = p.abs().add_(self.eta) if self.adaptive else torch.ones_like(p)
+            p.grad.mul_(T[p])  # T_w ∇L(w), in the gradient's own memory
+        norm = torch.stack([p.grad.norm() for p in moved]).norm()  # over all parameters together
+        scale = torch.where(norm > 1e-12, self.rho / norm, 0.0)  # next to no gradient: no step
         for p in moved:
             self.w[p] = p.clone()
-            p.add_(scale * T[p] * Tg[p])  # w̃ = w + ε̂
+            p.addcmul_(T[p].mul_(scale), p.grad)  # w̃ = w + ε̂, with ε̂ = ρ T_w / ‖.‖ · T_w ∇L(w)
         self.optimizer.zero_grad()
 
     @torch.no_grad()
@@ -225,16 +218,15 @@ class ASAM:
 def training_step(objective, asam, tokens, teacher, domains, s):
     """One step of Algorithm 1: w moves. Returns {name: value}, scalars, of what was computed.
 
-    tokens: as in embed(); teacher: E^T, (N, d_T); domains: (N,), for DISAM. The sharpness gap is
-    L(w̃) - L(w).
+    tokens: as in embed(); teacher: E^T, (N, d_T); domains: (N,). sharpness_gap: L(w̃) - L(w).
     """
-    # 1. Ascent step, which AdamW alone does not have: there w̃ = w
     values = {}
+    # 1. Ascent step, which AdamW alone does not have: there w̃ = w
     if s.optimizer != "adamw":
         devices = [] if domains.device.type == "cpu" else [domains.device]
         with torch.random.fork_rng(devices):  # so that the second pass draws the same masks
-            climbs = (domains,) if s.optimizer == "disam" else ()
-            loss, values = objective(tokens, teacher, *climbs)  # L(w)
+            climbs_on = domains if s.optimizer == "disam" else None
+            loss, values = objective(tokens, teacher, climbs_on)  # L(w)
         loss.backward()
         asam.ascent_step()  # w̃ = ASAM_Perturb(w, ∇L, ρ)
     # 2. Descent step
@@ -247,33 +239,23 @@ def training_step(objective, asam, tokens, teacher, domains, s):
 
 
 def batches(n, s, epoch):
-    """The batches B of an epoch, positions (N,) each.
-
-    An incomplete one is left out: it would have fewer negatives in Eq. 6.
-    """
+    """The batches B of an epoch, positions (N,); an incomplete one (fewer negatives) is left out."""
     generator = torch.Generator().manual_seed(seed_of(s.seed, epoch, "order"))
     order = torch.randperm(n, generator=generator)
     return order[: n - n % s.batch_size].split(s.batch_size)
 
 
-W_START = 1e-3  # standard deviation; Eq. 3's cosine ignores W_l's length, which only slows turning
-
-
 def new_projections(s, student, d_T):
     """K new W_l, (d_S, d_T); none without TAMD."""
-    K = s.anchored_layers if s.lambda2 else 0
-    shape = student.dimensions, d_T
+    shape, K = (student.dimensions, d_T), s.anchored_layers if s.lambda2 else 0
     return [torch.randn(shape).mul_(W_START).to(student.model.device) for _ in range(K)]
 
 
 def make_optimizer(s, objective, steps):
-    """(ASAM or SAM around AdamW, the learning rate's schedule): warm-up and cosine over all steps.
-
-    What the objective trains besides the student, its `projections`, has a rate of its own.
-    """
-    groups = [{"params": list(objective.model.parameters())}]
+    """(ASAM or SAM around AdamW, the schedule of its rates); the projections' rate is their own."""
     own_rate = {"lr": s.lr * s.projection_lr_scale}
-    groups.append({"params": list(objective.projections.parameters())} | own_rate)
+    others = {"params": list(objective.projections.parameters())} | own_rate
+    groups = [{"params": list(objective.model.parameters())}, others]
     adamw = torch.optim.AdamW(groups, lr=s.lr, weight_decay=s.weight_decay, fused=True)
     scheduler = get_cosine_schedule_with_warmup(adamw, round(s.warmup_ratio * steps), steps)
     return ASAM(adamw, s.rho, s.eta, adaptive=s.optimizer == "asam"), scheduler
@@ -297,9 +279,6 @@ def train(s, corpus, objective, after_epoch=lambda epoch: None):
 
 
 # ---------------------------------------------------------------------------- sharpness (Table 4)
-SHARPNESS_BATCHES = 2  # the same ones whatever the seed
-
-
 def largest_hessian_eigenvalue(loss_fn, parameters, tolerance=3e-3, vectors=8, seed=0):
     """λ_max (Table 4), the algebraically largest eigenvalue of the Hessian H at the parameters.
 
@@ -320,15 +299,14 @@ def largest_hessian_eigenvalue(loss_fn, parameters, tolerance=3e-3, vectors=8, s
                 total += parameters_to_vector(Hv) / len(losses)
         return total.detach().cpu().numpy()
 
-    n = sum(p.numel() for p in parameters)
-    dtype = torch.empty(0, dtype=parameters[0].dtype).numpy().dtype
-    start = np.random.default_rng(seed).standard_normal(n).astype(dtype)
+    w, generator = parameters_to_vector(parameters), torch.Generator().manual_seed(seed)
+    start = torch.randn(len(w), generator=generator, dtype=w.dtype).numpy()
     image = times_H(start)
-    if n == 1 or not np.isfinite(image).all() or not image.any():
+    if len(start) == 1 or not np.isfinite(image).all() or not image.any():
         return float(start @ image / (start @ start))  # H itself, NaN, 0
-    H = LinearOperator((n, n), matvec=times_H, dtype=dtype)
-    how = {"ncv": min(vectors, n), "tol": tolerance, "v0": start, "return_eigenvectors": False}
-    return float(eigsh(H, k=1, which="LA", **how)[0])
+    H = LinearOperator((len(start), len(start)), matvec=times_H, dtype=start.dtype)
+    how = {"k": 1, "which": "LA", "return_eigenvectors": False, "tol": tolerance, "v0": start}
+    return float(eigsh(H, ncv=min(vectors, len(start)), **how)[0])
 
 
 def measure_sharpness(objective, corpus, s):
@@ -337,10 +315,10 @@ def measure_sharpness(objective, corpus, s):
     fused = model.config._attn_implementation
     order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(0))
     fixed = [corpus.batch(rows)[:2] for rows in order.split(s.batch_size)[:SHARPNESS_BATCHES]]
-    losses = [lambda batch=batch: objective(*batch)[0] for batch in fixed]
     try:
         objective.eval()
         model.set_attn_implementation("eager")  # the fused kernels have no second derivative
+        losses = [lambda batch=batch: objective(*batch)[0] for batch in fixed]
         weights = [p for p in model.parameters() if p.requires_grad]
         return largest_hessian_eigenvalue(losses, weights)
     finally:

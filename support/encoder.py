@@ -129,25 +129,24 @@ class Corpus:
 
     def __init__(self, cache, student):
         self.tokens, self.student = tokenize(student, cache["sentences"]), student
-        self.embeddings = cache["embeddings"]  # (n, d_T), on disk; None without a teacher
-        self.d_T = 0 if self.embeddings is None else self.embeddings.shape[1]
+        self.embeddings = cache["embeddings"]  # (n, d_T), on disk; d_T is 0 without a teacher
+        self.d_T = self.embeddings.shape[1]
         self.domains = torch.from_numpy(np.unique(cache["sources"], return_inverse=True)[1])
 
     def __len__(self):
         return len(self.domains)
 
     def batch(self, rows):
-        """Positions (N,) -> tokens, (N, T) each; E^T, (N, d_T), or None; domains, (N,)."""
+        """Positions (N,) -> tokens, (N, T) each; E^T, (N, d_T); domains, (N,)."""
         model = self.student.model
         tokens = pad(self.tokens, rows.tolist(), model)
-        teacher = self.embeddings[rows].float().to(model.device) if self.d_T else None
+        teacher = self.embeddings[rows].float().to(model.device)
         return tokens, teacher, self.domains[rows].to(model.device)
 
     def identity(self):
         """A hash of what is learnt from, tokens, targets and domains, and of who learns."""
-        targets = [self.embeddings] if self.d_T else []
-        own = self.student.identity()
-        return digest(own, self.tokens.ids, self.tokens.starts, self.domains, *targets)
+        own = self.student.identity(), self.tokens.ids, self.tokens.starts
+        return digest(*own, self.domains, self.embeddings)
 
 
 # -------------------------------------------------------------------------------- forward passes
