@@ -11,7 +11,10 @@ cosine. Embeddings are the pooled vectors as they are, not normalised.
 
 import argparse
 import json
+import sys
 import warnings
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +38,6 @@ KINDS = {  # the metric of each kind of task, which is read off its columns
     "Spearman": {"sentence1": str, "sentence2": str, "score": (int, float)},
 }
 AVERAGES = ("avg_in", "avg_out", "avg")
-POOLINGS = ["auto", "cls", "mean", "last"]
 
 
 # -------------------------------------------------------------------------------------- the scores
@@ -48,10 +50,10 @@ def cosine(a, b):
 
 def macro_f1(train, train_labels, test, test_labels, name="task", iterations=1000):
     """Macro F1, in percent, of a logistic regression fitted on the training embeddings (n, d)."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # which is said in our own words
         model = LogisticRegression(max_iter=iterations).fit(train, train_labels)
-    if any(issubclass(w.category, ConvergenceWarning) for w in caught):
+    if model.n_iter_.max() >= iterations:
         print(f"{name}: the logistic regression stopped unconverged after {iterations} iterations")
     return 100 * f1_score(test_labels, model.predict(test), average="macro")
 
@@ -67,20 +69,17 @@ def spearman(a, b, scores):
 
 
 def score(task, name, vectors):
-    """One task's score in percent; `vectors` maps n sentences to (n, d). None: nothing is told."""
-
-    def column(split, key):
-        return [row[key] for row in task[split]]
-
+    """One task's score in percent; `vectors` maps a list of n sentences to (n, d)."""
+    test = {column: [row[column] for row in task["test"]] for column in KINDS[task["kind"]]}
     if task["kind"] == "F1":
-        train, test = vectors(column("train", "text")), vectors(column("test", "text"))
-        return macro_f1(train, column("train", "label"), test, column("test", "label"), name)
-    a, b = vectors(column("test", "sentence1")), vectors(column("test", "sentence2"))
+        texts, labels = zip(*[(row["text"], row["label"]) for row in task["train"]])
+        return macro_f1(vectors(texts), labels, vectors(test["text"]), test["label"], name)
+    a, b = vectors(test["sentence1"]), vectors(test["sentence2"])
     if np.ptp(cosine(a, b)) <= 1e-6:  # all the same up to rounding: they rank nothing
         fail(f"no score on {name}: all its pairs have the same cosine")
     if task["kind"] == "AP":
-        return average_precision(a, b, column("test", "label"))
-    return spearman(a, b, column("test", "score"))
+        return average_precision(a, b, test["label"])
+    return spearman(a, b, test["score"])
 
 
 # --------------------------------------------------------------------------------------- the tasks
@@ -94,42 +93,37 @@ def load_tasks(data, names):
         with attempt(f"read --data {data}, which is neither demo nor hub"):
             folders = [path.name for path in folder.iterdir() if path.is_dir()]
         there = sorted(name for name in folders if name[0] not in "._")
-    if data != "hub" and (folder / "tasks.json").exists():
-        with attempt(
-            f'read {folder / "tasks.json"} as {{"in_domain": [names]}}', ValueError, KeyError
-        ):
-            in_domain = json.loads((folder / "tasks.json").read_text("utf-8"))["in_domain"]
+        if (folder / "tasks.json").exists():
+            with attempt(f"read {folder / 'tasks.json'}"):
+                told = json.loads((folder / "tasks.json").read_text("utf-8"))
+                in_domain = told.get("in_domain") if isinstance(told, dict) else None
             if not isinstance(in_domain, list) or not set(in_domain) <= set(there):
-                raise ValueError(f"{in_domain} are not all among {', '.join(there)}")
-    names = there if names is None else names
-    if not names or (unknown := [name for name in names if name not in there]):
-        wanted = ", ".join(unknown) if names else "(a folder with test.jsonl)"
-        fail(f"no task {wanted} in {data}; there are: {', '.join(there) or 'none'}")
-    if clash := set(names) & set(AVERAGES):
+                form = f'{{"in_domain": [some of {", ".join(there)}]}}'
+                fail(f"{folder / 'tasks.json'} must hold {form}")
+    wanted = there if names is None else names
+    if not wanted or (unknown := [name for name in wanted if name not in there]):
+        lacking = ", ".join(unknown) if wanted else "(a folder with test.jsonl)"
+        fail(f"no task {lacking} in {data}; there are: {', '.join(there) or 'none'}")
+    if clash := set(wanted) & set(AVERAGES):
         fail(f"a task can't be called {clash.pop()}, as an average is; rename its folder")
-
-    def rows(task, split):
-        if data == "hub":
-            return load_hub_split(task, split)
-        paths = [folder / task / f"{split}.{suffix}" for suffix in ("jsonl", "csv")]
-        path = next((path for path in paths if path.exists()), paths[0])
-        table = read_table(path)
-        return [as_numbers(row) for row in table] if path.suffix == ".csv" else table
-
-    tasks = {name: check_task(name, rows) for name in names}
+    tasks = {name: check_task(name, partial(read_split, data, folder)) for name in wanted}
     places = [*HUB, *(name for kind in KINDS for name in tasks if tasks[name]["kind"] == kind)]
     return {name: tasks[name] for name in sorted(tasks, key=places.index)}, in_domain
 
 
-def as_numbers(row):
-    """A row of a CSV file with its label and score as numbers, where they are such."""
-    for column in ("label", "score"):
-        try:
-            value = float(row[column])
-            row[column] = int(value) if value == int(value) else value
-        except (KeyError, ValueError, OverflowError):
-            continue
-    return row
+def read_split(data, folder, task, split):
+    """The rows of a task's split: from the Hub, from a .jsonl file, or from a .csv file."""
+    if data == "hub":
+        return load_hub_split(task, split)
+    if (folder / task / f"{split}.jsonl").exists() or not (folder / task / f"{split}.csv").exists():
+        return read_table(folder / task / f"{split}.jsonl")
+    rows = read_table(folder / task / f"{split}.csv")
+    for column in {"label", "score"} & rows[0].keys() if rows else ():
+        with suppress(ValueError, OverflowError):  # text labels stay text
+            numbers = [float(row[column]) for row in rows]
+            for row, number in zip(rows, numbers):
+                row[column] = int(number) if number == int(number) else number
+    return rows
 
 
 def check_task(name, rows):
@@ -142,20 +136,19 @@ def check_task(name, rows):
         found = ",".join(there) or "no row"
         fail(f"{name}: test must have the columns of one kind of task, {known}; it has {found}")
     task["kind"] = kind = fitting[0]
-    if kind == "F1":
-        task["train"] = rows(name, "train")
-    target = list(KINDS[kind])[-1]
-    for split in task.keys() - {"kind"}:
-        for number, row in enumerate(task[split], 1):
+    task |= {"train": rows(name, "train")} if kind == "F1" else {}
+    *_, target = KINDS[kind]
+    for split in ("test", "train"):
+        for number, row in enumerate(task.get(split, []), 1):
             for column, types in KINDS[kind].items():
                 value = row.get(column)
-                if not isinstance(value, types) or (column == "score" and not abs(value) < 2**53):
+                if not isinstance(value, types) or (value != value):
                     fail(f"{name}: row {number} of {split} has no usable {column}: {value!r}")
     values = {row[target] for row in task["test"]}
     learnt = {row[target] for row in task.get("train", task["test"])}
     if kind == "AP" and not values <= {0, 1}:
         fail(f"{name}: labels must be 0 or 1; found {sorted(values)[:5]}")
-    if len({type(label) for label in learnt | values}) > 1 and kind == "F1":
+    if kind == "F1" and len({type(label) for label in learnt | values}) > 1:
         fail(f"{name}: some labels are numbers and some are text; write them all in one way")
     if kind == "F1" and (unseen := values - learnt):
         fail(f"{name}: test has labels that train lacks: {sorted(unseen)[:5]}")
@@ -167,24 +160,22 @@ def check_task(name, rows):
 # -------------------------------------------------------------------------------------- the models
 def load_model(name, pooling, args):
     """(n sentences, label of the progress bar) -> (n, d): a directory's, a Hub id's, lsa, tiny."""
-    device = pick_device(args.device)
-    if name in ("lsa", "tiny"):  # both are made of the corpus beside the tasks
-        if Path(name).exists():
-            fail(f"{name} is the demo's; for the folder of that name write ./{name}")
+    how = {"pooling": pooling, "max_length": args.max_length, "device": pick_device(args.device)}
+    if name not in ("lsa", "tiny"):
+        encoder = load_encoder(name, **how)
+    else:  # both are made of the corpus beside the tasks
         corpus = DEMO / "corpus.jsonl" if args.data == "demo" else Path(args.data, "corpus.jsonl")
+        if Path(name).exists():
+            fail(f"{name} is the demo's own; for the folder of that name write ./{name}")
         if not corpus.exists():
             fail(f"{name} belongs to the demo; with --data {args.data} it needs a {corpus}")
         sentences = unique_corpus(str(corpus))[0]  # as cache_teacher.py has them
-    if name == "lsa":
-        lsa = fit_lsa(sentences)
-        return lambda texts, label: lsa.transform(texts)
-    if name == "tiny":
-        encoder = tiny_student(sentences, 42, pooling, args.max_length, device)  # talas.py's seed
-    else:
-        encoder = load_encoder(name, pooling, args.max_length, device=device)
-    return lambda texts, label: encode(
-        encoder, tokenize(encoder, texts), args.batch_size, label
-    ).numpy()
+        if name == "lsa":
+            lsa = fit_lsa(sentences)
+            return lambda texts, label: lsa.transform(texts)
+        encoder = tiny_student(sentences, seed=42, **how)  # the default of talas.py
+    n = args.batch_size
+    return lambda texts, label: encode(encoder, tokenize(encoder, texts), n, label).numpy()
 
 
 def evaluate(name, pooling, tasks, in_domain, args):
@@ -201,13 +192,11 @@ def evaluate(name, pooling, tasks, in_domain, args):
             known.update(zip(new, vectors))
         result = score(task, task_name, lambda texts: np.stack([known[text] for text in texts]))
         scores[task_name] = float(result)
-
-    def mean(names):
-        return float(np.mean([scores[name] for name in names])) if names else None
-
     inside = [task for task in tasks if task in in_domain]
     outside = [task for task in tasks if task not in in_domain]
-    return scores | dict(zip(AVERAGES, map(mean, (inside, outside, list(tasks)))))
+    for key, names in zip(AVERAGES, (inside, outside, list(tasks))):
+        scores[key] = float(np.mean([scores[name] for name in names])) if names else None
+    return scores
 
 
 def markdown(results, tasks, in_domain):
@@ -246,17 +235,13 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     own = args.pooling.split(",")
     args.pooling = own * len(args.models) if len(own) == 1 else own
-    if len(args.pooling) != len(args.models) or not set(own) <= set(POOLINGS):
-        fail(f"--pooling {','.join(own)}: give one of {', '.join(POOLINGS)}, or one for each model")
+    if len(args.pooling) != len(args.models) or not set(own) <= {"auto", "cls", "mean", "last"}:
+        fail(f"--pooling {','.join(own)}: give auto, cls, mean or last, once or for each model")
     if args.json is not None:
         check_output("--json", args.json)
-        if Path(args.json).exists():
-            what = f"take {args.json} for earlier scores to replace; choose another --json"
-            with attempt(what, OSError, ValueError, KeyError, TypeError, AttributeError):
-                [
-                    scores["avg"]
-                    for scores in json.loads(Path(args.json).read_text("utf-8")).values()
-                ]
+        text = Path(args.json).read_text("utf-8", "replace") if Path(args.json).exists() else ""
+        if text and '"avg_out"' not in text:
+            fail(f"{args.json} holds something else than scores; choose another --json")
     return args
 
 
@@ -264,19 +249,21 @@ def main(argv=None):
     """The command line: load the tasks, score each model that can be scored, print the table."""
     args = parse_args(argv)
     results, failed = {}, []
-    with interruptible("nothing is lost but this model's scores"):
+    with interruptible("the models that were scored are in the --json file, if there is one"):
         tasks, in_domain = load_tasks(args.data, args.tasks)
         for name, pooling in zip(args.models, args.pooling):
             try:
                 results[name] = evaluate(name, pooling, tasks, in_domain, args)
-            except SystemExit:  # told already; the others' scores are not lost
+            except SystemExit:  # its line is on the screen; the others' scores are not lost
                 failed.append(name)
             if args.json and results:
                 write_json(args.json, results)
     if results:
         print("\n" + markdown(results, tasks, in_domain))
-    if failed:
+    if failed and len(args.models) > 1:
         fail(f"no scores of {', '.join(failed)}; the reason stands above")
+    if failed:
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -148,11 +148,11 @@ class Objective(torch.nn.Module):
     def __init__(self, student, projections, s):
         super().__init__()
         self.student, self.s = student, s
-        self.model = student.model  # named here so that its weights are this module's parameters
+        self.model = student.model  # so that its weights are parameters of this module
         self.projections = torch.nn.ParameterList(projections)
 
     def forward(self, tokens, teacher, domains=None):
-        """(loss, {its terms}) at the present w; with domains, (N,), what DISAM climbs on, Eq. 10."""
+        """(loss, {its terms}) at the present w, Eq. 7; with domains, (N,), Eq. 10 for the loss."""
         views = 2 if self.s.lambda1 else 1
         layers = embed(self.student, tokens, self.s, views)  # L of (views, N, d_S)
         loss, terms = total_loss(layers, self.projections, teacher, self.s)
@@ -220,7 +220,6 @@ def training_step(objective, asam, tokens, teacher, domains, s):
 
     tokens: as in embed(); teacher: E^T, (N, d_T); domains: (N,). sharpness_gap: L(w̃) - L(w).
     """
-    values = {}
     # 1. Ascent step, which AdamW alone does not have: there w̃ = w
     if s.optimizer != "adamw":
         devices = [] if domains.device.type == "cpu" else [domains.device]
@@ -233,13 +232,15 @@ def training_step(objective, asam, tokens, teacher, domains, s):
     perturbed_loss, at_perturbed = objective(tokens, teacher)  # L(w̃)
     perturbed_loss.backward()  # g_ASAM
     asam.descent_step()  # from w, not w̃
-    if values:
+    if s.optimizer == "adamw":
+        values = at_perturbed
+    else:
         values["sharpness_gap"] = perturbed_loss - values["loss"]
-    return {name: value.detach() for name, value in (values or at_perturbed).items()}
+    return {name: value.detach() for name, value in values.items()}
 
 
 def batches(n, s, epoch):
-    """The batches B of an epoch, positions (N,); an incomplete one (fewer negatives) is left out."""
+    """The batches B of an epoch, positions (N,) each; what is left over at the end is left out."""
     generator = torch.Generator().manual_seed(seed_of(s.seed, epoch, "order"))
     order = torch.randperm(n, generator=generator)
     return order[: n - n % s.batch_size].split(s.batch_size)
