@@ -79,7 +79,12 @@ def started(s):
             sys.stdout = open(os.devnull, "w")
         else:
             check_output(s)
-        yield
+        try:
+            yield
+        except RuntimeError as error:  # of gloo, which waited for a process that is gone
+            if processes() == 1 or "onnection" not in str(error):
+                raise
+            fail("another of torchrun's processes has ended; its own line says why")
         if distributed.is_initialized():  # not after an error: it would wait for the others
             distributed.destroy_process_group()
 
@@ -130,7 +135,7 @@ def interrupted(folder):
 
 
 def check_output(s):
-    """End the program if what is in the output folder is not to be touched; else make the folder."""
+    """End the program if what is in the output folder is not to be touched; or make the folder."""
     keep_apart("--output", s.output, student=s.student, teacher=s.teacher)
     out, begun = Path(s.output), interrupted(s.output)
     if not s.output or out.is_symlink() or (out.exists() and not out.is_dir()):
