@@ -328,10 +328,11 @@ def measure_sharpness(objective, corpus, s):
 
 
 # ------------------------------------------------------------------------------------ command line
-def parse_settings(argv, kind=Settings):
+def parse_settings(argv, kind=Settings, **defaults):
     """Settings from the command line; the tiny student's own defaults are printed."""
     parser = HfArgumentParser(kind, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
+    parser.set_defaults(**defaults)
     if parser.parse_args(argv).student == "tiny":
         shown = ", ".join(f"--{name} {value}" for name, value in tiny.SETTINGS.items())
         print("student tiny, from scratch, unless set otherwise:", shown)
