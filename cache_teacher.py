@@ -20,9 +20,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import make_pipeline
 
 from support import attempt, fail, interruptible
-from support.data import unique_corpus
+from support.data import is_word, unique_corpus
 from support.encoder import encode, tokenize
-from support.files import check_output, digest, load, positive, save
+from support.files import TORN, check_output, digest, load, positive, save
 from support.loading import load_encoder
 from support.run import pick_device
 
@@ -49,14 +49,13 @@ def fit_lsa(sentences):
 def read_array(path, n):
     """Embeddings from elsewhere: a .npy or .pt array (n, d_T), a row a sentence of the corpus."""
     if path.endswith(".npy"):
-        with attempt(f"read {path} as an array that numpy.save wrote"):
-            array = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+        with attempt(f"read {path} as an array of numbers that numpy.save wrote", *TORN, TypeError):
+            array = torch.from_numpy(np.lib.format.open_memmap(path, "c"))
     else:
         array = load(path)
-    kind = getattr(array, "dtype", type(array).__name__)
-    if kind not in (*DTYPES.values(), torch.float64) or array.ndim != 2 or not array.shape[1]:
-        shape = tuple(getattr(array, "shape", ()))
-        fail(f"{path}: {kind} {shape} is no array of floating-point numbers, (n, dimensions)")
+    kind, shape = getattr(array, "dtype", type(array)), getattr(array, "shape", ())
+    if kind not in (*DTYPES.values(), torch.float64) or len(shape) != 2 or not shape[1]:
+        fail(f"{path}: {kind} {tuple(shape)} is no array of floats, (sentences, dimensions)")
     if len(array) != n:
         fail(f"{path} has {len(array)} rows, the corpus {n} sentences; give a row each, in order")
     return array.detach()
@@ -109,18 +108,19 @@ def load_cache(path, needed=True):
     missing = [key for key in (*KEYS, "version") if not isinstance(cache, dict) or key not in cache]
     if missing:
         fail(f"{path} is no teacher cache: it has no {missing[0]}")
-    sentences, sources, embeddings = (cache[key] for key in KEYS[:3])
     if cache["version"] != VERSION:
         fail(f"{path} has format {cache['version']}, this code reads {VERSION}; make it anew")
+    sentences, sources, embeddings = (cache[key] for key in KEYS[:3])
+    kind = f"embeddings {embeddings.dtype} {tuple(embeddings.shape)}"
     if embeddings.dtype not in (torch.float32, torch.float16) or embeddings.ndim != 2:
-        fail(f"{path}: embeddings must be float32 or float16, (sentences, dimensions)")
-    if not len(sentences) == len(sources) == len(embeddings) > 0:
-        counts = f"{len(sentences)}, {len(sources)}, {len(embeddings)}"
-        fail(f"{path} has unlike numbers of sentences, sources, embeddings: {counts}")
-    if fingerprint(sentences) != cache["fingerprint"] or len(set(sentences)) < len(sentences):
+        fail(f"{path}: {kind} should be float32 or float16, (sentences, dimensions)")
+    if not len(set(sentences)) == len(sentences) == len(sources) == len(embeddings) > 0:
+        counts = f"{len(set(sentences))} unlike sentences, {len(sources)} sources, {kind}"
+        fail(f"{path} has unlike numbers of what belongs together: {counts}")
+    if fingerprint(sentences) != cache["fingerprint"]:
         fail(f"{path}: the sentences are not those that were embedded (fingerprint)")
     if cache.get("checksum") not in (None, digest(embeddings)) or not usable(embeddings).all():
-        fail(f"{path} is damaged: its embeddings are not those that were written; make it anew")
+        fail(f"{path} is damaged: some embeddings are not as they were written; make it anew")
     return cache | {"embeddings": embeddings.detach() if needed else embeddings[:, :0]}
 
 
@@ -148,12 +148,14 @@ def cache_embeddings(args):
     """Algorithm 1, line 3: embed the corpus with the teacher, unless that is what is there."""
     texts, sources, kept, n = unique_corpus(args.corpus, args.seed)
     encoder, pooling, device = None, "none", pick_device(args.device)
-    if args.teacher == "lsa":
+    if is_word(args.teacher, "lsa"):
         embeddings = torch.from_numpy(fit_lsa(texts).transform(texts))
         content = ["lsa"]
     elif args.teacher.endswith((".npy", ".pt")):
         embeddings = read_array(args.teacher, n)[kept]
         content = [embeddings]
+    elif Path(args.teacher).is_file():
+        fail(f"{args.teacher}: of files, .npy and .pt arrays are read; a model is a folder")
     else:
         how = args.pooling, args.max_length, DTYPES[args.dtype], device
         encoder = load_encoder(args.teacher, *how)

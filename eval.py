@@ -26,7 +26,7 @@ from sklearn.metrics import average_precision_score, f1_score
 from cache_teacher import fit_lsa
 from demo.tiny import tiny_student
 from support import attempt, fail, interruptible
-from support.data import DEMO, HUB, IN_DOMAIN, load_hub_split, read_table, unique_corpus
+from support.data import DEMO, HUB, IN_DOMAIN, is_word, load_hub_split, read_table, unique_corpus
 from support.encoder import encode, tokenize
 from support.files import check_output, positive, write_json
 from support.loading import load_encoder
@@ -88,8 +88,8 @@ def load_tasks(data, names):
 
     data: demo, hub or a directory; names: some of the tasks, or None for all.
     """
-    folder, in_domain, there = DEMO if data == "demo" else Path(data), IN_DOMAIN, list(HUB)
-    if data != "hub":
+    folder, in_domain, there = DEMO if is_word(data, "demo") else Path(data), IN_DOMAIN, list(HUB)
+    if not is_word(data, "hub"):
         with attempt(f"read --data {data}, which is neither demo nor hub"):
             folders = [path.name for path in folder.iterdir() if path.is_dir()]
         there = sorted(name for name in folders if name[0] not in "._")
@@ -161,12 +161,10 @@ def check_task(name, rows):
 def load_model(name, pooling, args):
     """(n sentences, label of the progress bar) -> (n, d): a directory's, a Hub id's, lsa, tiny."""
     how = {"pooling": pooling, "max_length": args.max_length, "device": pick_device(args.device)}
-    if name not in ("lsa", "tiny"):
+    if not is_word(name, "lsa", "tiny"):
         encoder = load_encoder(name, **how)
     else:  # both are made of the corpus beside the tasks
         corpus = DEMO / "corpus.jsonl" if args.data == "demo" else Path(args.data, "corpus.jsonl")
-        if Path(name).exists():
-            fail(f"{name} is the demo's own; for the folder of that name write ./{name}")
         if not corpus.exists():
             fail(f"{name} belongs to the demo; with --data {args.data} it needs a {corpus}")
         sentences = unique_corpus(str(corpus))[0]  # as cache_teacher.py has them
@@ -237,6 +235,8 @@ def parse_args(argv):
     args.pooling = own * len(args.models) if len(own) == 1 else own
     if len(args.pooling) != len(args.models) or not set(own) <= {"auto", "cls", "mean", "last"}:
         fail(f"--pooling {','.join(own)}: give auto, cls, mean or last, once or for each model")
+    if len(set(args.models)) < len(args.models):
+        fail(f"{' '.join(args.models)}: a model stands there twice; give one another name, as ./x")
     if args.json is not None:
         check_output("--json", args.json)
         text = Path(args.json).read_text("utf-8", "replace") if Path(args.json).exists() else ""

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.sparse.linalg import LinearOperator, eigsh
-from torch.nn.utils import parameters_to_vector
+from torch.nn.utils import get_total_norm, parameters_to_vector
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 from transformers.hf_argparser import HfArg
 
 from cache_teacher import load_cache
 from demo import tiny
 from support import fail
+from support.data import is_word
 from support.encoder import Corpus, pool, pooled_layers, rehearse, save_encoder  # noqa: F401
 from support.loading import load_encoder
 from support.run import Run, check_fit, finish, pick_device, seed_of, started
@@ -187,13 +188,11 @@ class ASAM:
         self.restore()
         groups = self.optimizer.param_groups
         moved = [p for group in groups for p in group["params"] if p.grad is not None]
-        if not moved:
-            return
         T = {}  # T_w = diag(|w| + η), a tensor a parameter
         for p in moved:
             T[p] = p.abs().add_(self.eta) if self.adaptive else torch.ones_like(p)
             p.grad.mul_(T[p])  # T_w ∇L(w), in the gradient's own memory
-        norm = torch.stack([p.grad.norm() for p in moved]).norm()  # over all parameters together
+        norm = get_total_norm([p.grad for p in moved])  # over all parameters together
         scale = torch.where(norm > 1e-12, self.rho / norm, 0.0)  # next to no gradient: no step
         for p in moved:
             self.w[p] = p.clone()
@@ -224,9 +223,8 @@ def training_step(objective, asam, tokens, teacher, domains, s):
     if s.optimizer != "adamw":
         devices = [] if domains.device.type == "cpu" else [domains.device]
         with torch.random.fork_rng(devices):  # so that the second pass draws the same masks
-            climbs_on = domains if s.optimizer == "disam" else None
-            loss, values = objective(tokens, teacher, climbs_on)  # L(w)
-        loss.backward()
+            loss, values = objective(tokens, teacher, domains if s.optimizer == "disam" else None)
+        loss.backward()  # ∇L(w)
         asam.ascent_step()  # w̃ = ASAM_Perturb(w, ∇L, ρ)
     # 2. Descent step
     perturbed_loss, at_perturbed = objective(tokens, teacher)  # L(w̃)
@@ -254,9 +252,8 @@ def new_projections(s, student, d_T):
 
 def make_optimizer(s, objective, steps):
     """(ASAM or SAM around AdamW, the schedule of its rates); the projections' rate is their own."""
-    own_rate = {"lr": s.lr * s.projection_lr_scale}
-    others = {"params": list(objective.projections.parameters())} | own_rate
-    groups = [{"params": list(objective.model.parameters())}, others]
+    groups = [{"params": list(m.parameters())} for m in (objective.model, objective.projections)]
+    groups[1]["lr"] = s.lr * s.projection_lr_scale
     adamw = torch.optim.AdamW(groups, lr=s.lr, weight_decay=s.weight_decay, fused=True)
     scheduler = get_cosine_schedule_with_warmup(adamw, round(s.warmup_ratio * steps), steps)
     return ASAM(adamw, s.rho, s.eta, adaptive=s.optimizer == "asam"), scheduler
@@ -343,7 +340,7 @@ def parse_settings(argv, kind=Settings, **defaults):
 def load_student(s, sentences):
     """The student as an Encoder: tiny is made from scratch, with the sentences' own vocabulary."""
     how = {"pooling": s.pooling, "max_length": s.max_length, "device": pick_device(s.device)}
-    if s.student == "tiny":
+    if is_word(s.student, "tiny"):
         return tiny.tiny_student(sentences, s.seed, **how)
     return load_encoder(s.student, **how)
 

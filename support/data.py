@@ -6,6 +6,7 @@ A table is a list of dicts, a row each. What is not understood is refused, with 
 import csv
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,13 @@ from support import attempt, fail
 
 DEMO = Path(__file__).parent.parent / "demo"
 IN_DOMAIN = ["emotion", "wic", "stsb"]
+
+
+def is_word(name, *words):
+    """Whether a name is one of these words of ours. Ends the program if something is called so."""
+    if name in words and Path(name).exists() and not os.path.samefile(name, DEMO):
+        fail(f"{name} is a word of this program, and something here is called so; write ./{name}")
+    return name in words
 
 
 # ---------------------------------------------------------------------------------- tables in files
@@ -84,9 +92,9 @@ def read_corpus(name, seed=42):
 
     A file without a source column is one domain, named after the file.
     """
-    if name == "paper":
+    if is_word(name, "paper"):
         return paper_corpus(seed)
-    rows = read_table(DEMO / "corpus.jsonl" if name == "demo" else name)
+    rows = read_table(DEMO / "corpus.jsonl" if is_word(name, "demo") else name)
     for number, row in enumerate(rows, 1):
         if "text" not in row:
             fail(f"{name} needs a column named text; row {number} has: {', '.join(row)}")
