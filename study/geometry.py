@@ -2,21 +2,14 @@
 
     python study/geometry.py --teacher mpnet.pt student-cls runs/B-T-42 runs/B-STL-42
 
-For 960 sentences of the cache and each layer: how far apart the embeddings are (1 - their mean
-cosine), how well their similarities follow the teacher's (Spearman), and, where projections.pt lies
-beside the student, the layer's own term of TAMD; and the TAMD of one vector for all sentences, the
-best there is. The figures go into results.json, which report.py makes the table `geometry` of.
+For each layer, on 960 sentences: how far apart the embeddings are (1 - mean cosine), how well their
+similarities follow the teacher's (Spearman), its term of TAMD; last, that of the best one vector.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from support import fail, one_line
-from support.encoder import Corpus
-from support.loading import load_encoder
 
 import torch
 import torch.nn.functional as F
@@ -24,65 +17,57 @@ from scipy.stats import spearmanr
 
 import talas
 from cache_teacher import load_cache
-from study.results import RESULTS, record
+from study.results import command_line, record
+from support import fail
+from support.encoder import Corpus, pooled_layers
+from support.files import check_output, load
+from support.loading import load_encoder
 
 SENTENCES, N = 960, 32
 
 
-@torch.no_grad()
-def layers_of(student, corpus, rows):
-    """Sentence embeddings after each layer without dropout: L of (n, d_S); and the teacher's."""
-    student.model.eval()
-    batches = [corpus.batch(some)[:2] for some in rows.split(N)]
-    embedded = [talas.embed(student, tokens, talas.Settings()) for tokens, _ in batches]
-    layers = [torch.cat([E[0] for E in layer]) for layer in zip(*embedded, strict=True)]
-    return layers, torch.cat([teacher for _, teacher in batches])
-
-
-def pairs_of(E):
+def cosines(E):
     """The cosine of every pair of sentences: (n, d) -> (n (n - 1) / 2,)."""
     i, j = torch.triu_indices(len(E), len(E), offset=1)
     return talas.relation_matrix(E.double())[i, j]
 
 
-def geometry(layers, projections, teacher):
+@torch.no_grad()
+def geometry(student, projections, corpus, rows):
     """A dict for each layer, bottom to top; the projections are those of the top layers."""
-    without = len(layers) - len(projections)
-    found = []
-    for number, E in enumerate(layers):
-        cosines = pairs_of(E)
-        one = {"layer": number + 1, "spread": 1 - cosines.mean().item()}
-        one["spearman"] = 100 * float(spearmanr(cosines, pairs_of(teacher)).statistic)
-        if number >= without:
-            W = projections[number - without]
-            one["tamd"] = talas.tamd_loss([E], [W], teacher).item()
-        found.append(one)
+    student.model.eval()  # without dropout
+    batches, found = [corpus.batch(some) for some in rows.split(N)], []
+    teacher = torch.cat([targets for _, targets, _ in batches])  # (n, d_T)
+    embedded = [pooled_layers(student, tokens) for tokens, _, _ in batches]
+    layers = list(map(torch.cat, zip(*embedded)))  # L of (n, d_S)
+    for number, E in enumerate(layers, 1):
+        rank = 100 * float(spearmanr(cosines(E), cosines(teacher)).statistic)
+        found.append({"layer": number, "spread": 1 - cosines(E).mean().item(), "spearman": rank})
+    for one, E, W in zip(found[::-1], layers[::-1], projections[::-1]):
+        one["tamd"] = talas.tamd_loss([E], [W], teacher).item()
     return found
 
 
-@one_line
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    flag, parser.error = parser.add_argument, fail
+    parser, flag = command_line(__doc__)
     flag("students", nargs="+", type=Path, help="directories, with or without projections.pt")
     flag("--teacher", default="teacher.pt", help="the cache")
     flag("--names", nargs="*", help="what to call them; else their directories' names")
-    flag("--results", default=RESULTS, help="the file for the figures")
     args = parser.parse_args(argv)
-    if args.names and len(args.names) != len(args.students):
+    check_output("--results", args.results, teacher=args.teacher)
+    names = args.names or [path.name for path in args.students]
+    if len(names) != len(args.students):
         fail(f"--names: give {len(args.students)}, one for each student")
     cache = load_cache(args.teacher)
     n = len(cache["sentences"])
-    rows = torch.arange(0, n, max(n // SENTENCES, 1))[:SENTENCES]
-    for path, name in zip(args.students, args.names or [path.name for path in args.students]):
-        student, W = load_encoder(str(path), device=torch.device("cpu")), path / "projections.pt"
-        projections = torch.load(W, weights_only=True) if W.exists() else []
-        layers, teacher = layers_of(student, Corpus(cache, student), rows)
-        entry = {"name": name, "layers": geometry(layers, projections, teacher)}
-        record(args.results, f"geometry/{name}", entry)
-        print(entry)
-    mean = F.normalize(teacher).mean(0)  # its cosine to all of them is the largest, on average
+    rows = torch.arange(n)[:: max(n // SENTENCES, 1)][:SENTENCES]
+    for path, name in zip(args.students, names):
+        student, W = load_encoder(str(path)), path / "projections.pt"
+        layers = geometry(student, load(W) if W.exists() else [], Corpus(cache, student), rows)
+        record(args.results, f"geometry/{name}", {"name": name, "layers": layers})
+        print(name, layers)
+    mean = F.normalize(cache["embeddings"][rows].float()).mean(0)  # nearest to all, on average
     one = {"layer": "", "tamd": 1 - mean.norm().item()}
     record(args.results, "geometry/~", {"name": "one vector for all", "layers": [one]})
 

@@ -1,18 +1,16 @@
-"""The three methods of Table 1 that keep the teacher online: its tokens are needed in every step.
+"""The three methods of Table 1 that keep the teacher online: every step needs its tokens.
 
     python study/online.py --method cdm --teacher BAAI/bge-m3 --corpus corpus.jsonl --student ...
 
-cdm: contextual dynamic mapping; dskd: dual-space knowledge distillation; emo. Loop, student, files
-and flags are those of talas.py; the objective differs, and what a batch brings: in the place of
-e^T, the states of a frozen teacher's tokens, and which of them stands for which student token. What
-each row is, Appendix E or the code of the paper's authors, stands in study/README.md.
-N is the batch size; n_S and n_T are the tokens of the longest sentence on either side.
+cdm: contextual dynamic mapping; dskd: dual-space knowledge distillation; emo. In the place of e^T a
+batch brings a dict: the states of a frozen teacher's tokens, and which of them stand for which of
+the student's (n_S, n_T in the longest sentence). The choices, with reasons: study/README.md.
 """
 
-import argparse
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,44 +19,41 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn import Linear
 from transformers.hf_argparser import HfArg
 
 import talas
-from cache_teacher import DTYPES, fingerprint
-from support.data import unique_corpus
-from support.encoder import Corpus, forward, pad, pool, rehearse, save_encoder, tokenize
+from cache_teacher import DTYPES, load_cache
+from support import fail
+from support.encoder import Corpus, forward, pad, pool, rehearse, tokenize
 from support.files import digest
 from support.loading import load_encoder
 from support.run import check_fit, finish, started
 
-OWN = {  # what the released code has for each method, where Appendix E is silent
+PIECE = 8  # rows of a piece of a batch on a CPU: a large teacher pays most for padding
+OWN = {  # the released code's, where Appendix E is silent
     "cdm": {"temperature": 0.07, "projection_lr_scale": 2.0},
     "dskd": {"temperature": 0.07, "projection_lr_scale": 1.0},
     "emo": {"temperature": 0.05, "projection_lr_scale": 1.0, "warmup_ratio": 0.1},
 }
+MATRICES = {"cdm": {"P": "ST"}, "emo": {"P": "TS"}}  # from and to the width of student, teacher,
+MATRICES["dskd"] = {"to_T": "ST", "to_S": "TS", "q_S": "SA", "k_T": "TA"}  # or A, the lesser
+MATRICES["dskd"] |= {"v_T": "TS", "q_T": "TA", "k_S": "SA", "v_S": "ST"}
 
 
 @dataclass(frozen=True)
 class Settings(talas.Settings):
     """Those of talas.py but for TALAS's own, and the online teacher's."""
 
-    teacher: str = HfArg(default="", help="Hub id or directory of the teacher, which runs online")
+    teacher: str = HfArg(default="", help="Hub id or directory of the model that runs online")
     corpus: str = HfArg(default="demo", help="as cache_teacher.py has it")
     method: Literal["cdm", "dskd", "emo"] = HfArg(default="cdm", help="which")
-    mse: Literal["elements", "sentences"] = HfArg(
-        default="elements", help="mean squares of unit vectors: over elements, as released, or rows"
-    )
-    teacher_dtype: Literal["float32", "float16", "bfloat16"] = HfArg(
-        default="float32", help="of the teacher's weights"
-    )
-    teacher_pooling: Literal["auto", "cls", "mean", "last"] = HfArg(
-        default="auto", help="of the teacher's sentence vector"
-    )
+    mse: Literal["elements", "sentences"] = HfArg(default="elements", help="mean of numbers, rows")
+    teacher_dtype: Literal[tuple(DTYPES)] = HfArg(default="float32", help="of its weights")
+    teacher_pooling: Literal["auto", "cls", "mean", "last"] = HfArg(default="auto", help="its own")
     optimizer: Literal["asam", "sam", "adamw"] = HfArg(default="adamw", help="Eqs. 2-9")
     precision: str = field(default="float32", init=False)
     lambda1: float = field(default=1.0, init=False)  # TALAS's alone, no flags here;
-    lambda2: float = field(default=0.0, init=False)  # so set, talas.py asks for no cache
+    lambda2: float = field(default=0.0, init=False)  # so set, only what SimCSE needs is checked
     lambda3: float = field(default=0.0, init=False)
     anchored_layers: int = field(default=1, init=False)
     lasd_layers: int = field(default=0, init=False)
@@ -67,295 +62,292 @@ class Settings(talas.Settings):
 
 
 # ------------------------------------------------------------------ which token stands for which
-@lru_cache(maxsize=2**20)
-def levenshtein(a, b):
-    """The fewest insertions, deletions and substitutions that turn one str into another."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        before, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
-    return row[-1]
-
-
 def edit_distances(a, b):
-    """Levenshtein distances of two lists of str, (n_a, n_b): CDM's cost, Appendix E."""
-    return np.array([[levenshtein(x, y) for y in b] for x in a]).reshape(len(a), len(b))
+    """Levenshtein's distances of two lists of str, (n_a, n_b): the cost of Appendix E's CDM.
+
+    D[i, j] = min(D[i-1, j] + 1, D[i, j-1] + 1, D[i-1, j-1] + (1 if x_i ≠ y_j)) over letters.
+    """
+    found = np.zeros((len(a), len(b)), int)
+    for p, q in np.ndindex(found.shape):
+        row = list(range(len(b[q]) + 1))  # D[0], then D[1], ...
+        for i, x in enumerate(a[p], 1):
+            corner, row[0] = row[0], i
+            for j, y in enumerate(b[q], 1):
+                corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (x != y))
+        found[p, q] = row[-1]
+    return found
 
 
 def warp(cost):
-    """Dynamic time warping: the cheapest monotonic path through a cost, (n, m), Appendix E.
+    """Dynamic time warping (Sakoe and Chiba, 1978): the cheapest monotonic path through a cost.
 
-    A list of (i, j) from (0, 0) to (n-1, m-1), each step 1 on in i, in j or in both; of equally
-    cheap ways the diagonal one.
+    D[i, j] = c[i, j] + min(D[i-1, j-1], D[i-1, j], D[i, j-1]). (n, m) -> a list of (i, j), from
+    (0, 0) to (n-1, m-1); of equally cheap steps back the diagonal one, then that in i.
     """
-    n, m = cost.shape
-    total = np.full((n + 1, m + 1), np.inf)  # total[i, j]: up to row i-1 and column j-1
-    total[0, 0] = 0
-    for i in range(1, n + 1):
-        for j in range(1, m + 1):
-            ways = total[i - 1, j - 1], total[i - 1, j], total[i, j - 1]
-            total[i, j] = cost[i - 1, j - 1] + min(ways)
-    path, i, j = [], n, m
-    while i and j:
+    D = np.pad(np.zeros(cost.shape), ((1, 0), (1, 0)), constant_values=np.inf)
+    D[0, 0] = 0  # an edge before row and column 0
+    for i, j in np.ndindex(cost.shape):
+        D[i + 1, j + 1] = cost[i, j] + min(D[i, j], D[i, j + 1], D[i + 1, j])
+    path, (i, j) = [], cost.shape
+    while i:
         path.append((i - 1, j - 1))
-        ways = {(i - 1, j - 1): 0, (i - 1, j): 1, (i, j - 1): 2}
-        i, j = min(ways, key=lambda way: (total[way], ways[way]))
+        i, j = min((i - 1, j - 1), (i - 1, j), (i, j - 1), key=lambda place: D[place])
     return path[::-1]
 
 
-def words_of(encoder, sentence):
-    """(positions, strings) of a sentence's tokens that are not special; no markers, lower case."""
-    row = encoder.tokenizer.encode(sentence)
-    positions = [i for i, special in enumerate(row.special_tokens_mask) if not special]
-    bare = (row.tokens[i].removeprefix("##").strip("Ġ▁").lower() for i in positions)
-    return positions, list(bare)
+def words_of(encoder, sentence, ends=False):
+    """{position: str} of a sentence's tokens: no markers, lower case; without the special ones.
 
-
-def average_along(path, student, teacher):
-    """CDM's mapping of a sentence: {(student position, teacher position): weight}, Appendix E.
-
-    Each student token has the mean of the teacher tokens that the path gives it.
+    With `ends` with them, under a name for a first one and one for others, unlike any word.
     """
-    given = {}
-    for i, j in path:
-        given.setdefault(student[i], []).append(teacher[j])
-    return {(s, t): 1 / len(many) for s, many in given.items() for t in many}
+    row, found = encoder.tokenizer.encode(sentence), {}  # cut, as tokenize() has set it
+    for i, (token, special) in enumerate(zip(row.tokens, row.special_tokens_mask)):
+        bare = token.removeprefix("##").strip("Ġ▁").lower()
+        found |= {i: ("\1" if i else "\0") * 20 if special else bare} if ends or not special else {}
+    return found
 
 
-def nearest(cost, student, teacher):
-    """EMO's maps of a sentence: ({teacher position: nearest student position}, reciprocal pairs).
+# ---------------------------------------------------------------------------- what a batch brings
+def token_states(encoder, batch, maps=()):
+    """States after the middle layer, number ceil(L / 2), and the last: two of (N, n, d).
 
-    cost: (student, teacher), edit distances; of equally near ones the first. A pair (student,
-    teacher) is reciprocal where each is the other's nearest.
+    maps: indices of layers whose attention is wanted, too, the mean over heads: (N, n, n) each. On
+    a CPU a right-padded batch goes through in pieces of like length; what is beyond them is 0.
     """
-    of_teacher, of_student = cost.argmin(0), cost.argmin(1)
-    found = {teacher[j]: student[i] for j, i in enumerate(of_teacher)}
-    pairs = [(student[i], teacher[j]) for j, i in enumerate(of_teacher) if of_student[i] == j]
-    return found, pairs
+    model, lengths, n = encoder.model, batch["attention_mask"].sum(1), len(batch["input_ids"][0])
+    order, parts = lengths.argsort(stable=True), []
+    how = {"output_hidden_states": True} | ({"output_attentions": True} if maps else {})
+    for rows in order.split(PIECE if order.device.type == "cpu" else len(order)):
+        longest = int(lengths[rows].max())
+        given = forward(model, {name: t[rows, :longest] for name, t in batch.items()}, **how)
+        attentions, rest = getattr(given, "attentions", None) or (), (0, n - longest)
+        if maps and len(attentions) < encoder.layers:
+            fail(f"--method emo needs attention maps; a {type(model).__name__} does not give them")
+        two = [given.hidden_states[i] for i in ((encoder.layers + 1) // 2, -1)]  # 0: embeddings
+        parts.append([F.pad(h.float(), (0, 0, *rest)) for h in two])
+        parts[-1] += [F.pad(attentions[i].float().mean(1), rest * 2) for i in maps]
+    return [torch.cat(pieces)[order.argsort()] for pieces in zip(*parts)]
+
+
+def emo_targets(attention, pairs, links, mask, student_mask):
+    """What EMO takes from the teacher's last attention, (N, n_T, n_T), as a dict.
+
+    importance, (N, n_T): softmax of what a token receives. mass, (N, n_S): of the tokens linked to
+    the student's, made to sum to 1. rows: N of (student's, teacher's), positions of the pairs' most
+    important third, three at least; () where there are fewer.
+    """
+    received = (attention * mask[:, :, None]).sum(1)  # nothing from padding
+    importance, rows = received.masked_fill(mask == 0, -torch.inf).softmax(-1), []
+    least = importance.masked_fill(mask == 0, torch.inf).amin(1)[:, None]  # for what has no link
+    mass = (links @ importance[:, :, None]).squeeze(-1) + (1 - links.sum(-1)) * least
+    mass = mass * student_mask
+    for some, weight in zip(pairs, importance.tolist()):
+        first = sorted(some, key=lambda pair: -weight[pair[1]])[: max(3, len(some) // 3)]
+        rows.append([list(side) for side in zip(*first)] if len(first) > 2 else ())
+    return {"importance": importance, "mass": mass / mass.sum(1, keepdim=True), "rows": rows}
 
 
 class OnlineCorpus(Corpus):
     """A corpus whose batches bring the online teacher's states in the place of e^T."""
 
-    def __init__(self, sentences, sources, student, teacher, s):
-        cache = {"sentences": sentences, "sources": sources}
-        super().__init__(cache | {"embeddings": torch.zeros(len(sentences), 0)}, student)
-        self.sentences, self.teacher, self.s, self.mapped = sentences, teacher, s, {}
-        self.teacher_tokens = tokenize(teacher, sentences)
+    def __init__(self, cache, student, teacher, s):
+        super().__init__(cache, student)
+        self.teacher, self.s = teacher, s
+        self.teacher_tokens = tokenize(teacher, cache["sentences"])
+        self.matches = [self.match(sentence) for sentence in cache["sentences"]]
 
     def identity(self):
         """A hash of what is learnt from, and of who learns and teaches."""
-        weights = self.teacher.model.state_dict().values()
-        return digest(super().identity(), self.teacher.identity(), *weights)
+        own = super().identity(), self.teacher.identity(), self.teacher_tokens.ids
+        return digest(*own, *self.teacher.model.state_dict().values())
 
-    def map(self, i):
-        """What the method needs to know of a sentence's tokens; made once."""
-        if i not in self.mapped:
-            student, own = words_of(self.student, self.sentences[i])
-            teacher, its = words_of(self.teacher, self.sentences[i])
-            cost = edit_distances(own, its)
-            path = warp(cost) if self.s.method == "cdm" and cost.size else []
-            average = average_along(path, student, teacher)
-            maps = nearest(cost, student, teacher) if cost.size else ({}, [])
-            self.mapped[i] = student, teacher, average, maps
-        return self.mapped[i]
+    def match(self, sentence):
+        """(links, mutual), (p, 2) each: tokens of student and teacher that belong together.
+
+        links: for cdm the path; for dskd each word with each; for emo each student token with the
+        last teacher token that has it nearest. mutual, emo's: both have each other nearest.
+        """
+        sides, emo = (self.student, self.teacher), self.s.method == "emo"
+        if not all(words_of(side, sentence) for side in sides):
+            fail(f"a tokenizer finds no word in the sentence {sentence[:60]!r}; leave it out")
+        own, its = (words_of(side, sentence, ends=emo) for side in sides)
+        s, t, mutual = list(own), list(its), []
+        pairs = [(i, j) for i in s for j in t]
+        if self.s.method != "dskd":
+            cost = edit_distances(list(its.values()), list(own.values()))  # (teacher, student)
+        if self.s.method == "cdm":
+            pairs = [(s[j], t[i]) for i, j in warp(cost)]
+        if emo:  # of equally near ones that whose place is the likest
+            apart = np.linspace(0, 1, len(t))[:, None] - np.linspace(0, 1, len(s))
+            cost = cost + np.abs(apart) / 2
+            near = list(enumerate(cost.argmin(1)))
+            pairs = list({s[j]: t[i] for i, j in near}.items())
+            mutual = [(s[j], t[i]) for i, j in near if cost[:, j].argmin() == i]
+        return np.array(pairs, np.int16), np.array(mutual, np.int16)
 
     @torch.no_grad()
     def batch(self, rows):
-        """Positions (N,) -> student tokens; a dict of the teacher's; domains, (N,)."""
+        """Positions (N,) -> the student's tokens; a dict of the teacher's side; domains, (N,)."""
         tokens, _, domains = super().batch(rows)
-        model, emo = self.teacher.model, self.s.method == "emo"
-        batch = pad(self.teacher_tokens, rows.tolist(), model)
-        given = forward(model, batch, output_hidden_states=True, output_attentions=emo)
-        layers = [h.float() for h in given.hidden_states[1:]]  # L_T of (N, n_T, d_T)
-        mask, maps = batch["attention_mask"], [self.map(i) for i in rows.tolist()]
-        teacher = {"last": layers[-1], "middle": layers[(len(layers) - 1) // 2], "mask": mask}
-        teacher["sentence"] = pool(layers[-1], mask, self.teacher.pooling)  # (N, d_T)
-        teacher["words"] = marked([positions for _, positions, *_ in maps], mask)
-        teacher["own words"] = marked(
-            [positions for positions, *_ in maps], tokens["attention_mask"]
-        )
-        if self.s.method == "cdm":
-            average = torch.zeros(*tokens["input_ids"].shape, mask.shape[1])  # (N, n_S, n_T)
-            for k, (*_, weights, _) in enumerate(maps):
-                for place, weight in weights.items():
-                    average[k][place] = weight
-            teacher["average"] = average.to(mask.device)
-        if emo:  # the layer that stands where the student's last one does, of as many blocks
-            L_S, attentions = self.student.layers, given.attentions
-            teacher["attention"] = attentions[L_S * (len(attentions) // L_S) - 1].float().mean(1)
-            received = attentions[-1].float().mean(1).sum(1)  # (N, n_T), over heads and queries
-            teacher["importance"] = received.masked_fill(mask == 0, -torch.inf).softmax(-1)
-            teacher["maps"] = [maps for *_, maps in maps]
-        return tokens, teacher, domains
+        teacher, L_S, rows = self.teacher, self.student.layers, rows.tolist()
+        block = L_S * (teacher.layers // L_S) - 1  # the layer where the student's last one would be
+        its = pad(self.teacher_tokens, rows, teacher.model)
+        maps = (block, -1) if self.s.method == "emo" else ()
+        middle, last, *maps = token_states(teacher, its, maps)
+        mask, student_mask = its["attention_mask"], tokens["attention_mask"]
+        sets, mutual = zip(*(self.matches[i] for i in rows))
+        links = torch.zeros(*student_mask.shape, mask.shape[1])  # (N, n_S, n_T)
+        for link, pairs in zip(links, sets):
+            link[tuple(pairs.T.astype(int))] = 1
+        given = {"mask": mask, "links": (links := links.to(last)), "middle": middle, "last": last}
+        given["sentence"] = pool(last, mask, teacher.pooling)
+        if maps:
+            given["map"] = maps[0]
+            given |= emo_targets(maps[1], mutual, links, mask, student_mask)
+        return tokens, given, domains
 
 
-def marked(positions, mask):
-    """Lists of positions, one a sentence, as a mask of the form of another: (N, n) of bool."""
-    words = torch.zeros_like(mask, dtype=torch.bool)
-    for row, some in zip(words, positions):
-        row[some] = True
-    return words
-
-
-# --------------------------------------------------------------------------------------- the losses
+# ---------------------------------------------------------------------------------- the objectives
 def unit_mse(a, b, mean="elements"):
     """Mean square of two sets of unit vectors, (r, d): 2 (1 - cos) / d; over rows: 2 (1 - cos)."""
     squares = (F.normalize(a, dim=-1) - F.normalize(b, dim=-1)).square()
     return squares.mean() if mean == "elements" else squares.sum(-1).mean()
 
 
-def attend(queries, keys, values, mask):
-    """Cross-attention, one head: (N, n, d_att), (N, m, d_att), (N, m, d), (N, m) -> (N, n, d)."""
-    scores = queries @ keys.transpose(1, 2) / queries.shape[-1] ** 0.5  # (N, n, m)
-    return scores.masked_fill(mask[:, None] == 0, -torch.inf).softmax(-1) @ values
+def attention(queries, keys, mask):
+    """Softmax over the keys that are no padding: (N, n, d), (N, m, d), (N, m) -> (N, n, m)."""
+    scores = queries @ keys.transpose(1, 2) / queries.shape[-1] ** 0.5
+    return scores.masked_fill(mask[:, None] == 0, -torch.inf).softmax(-1)
 
 
 def cka_loss(X, Y):
-    """1 - linear CKA of two representations of r items, (r, n) and (r, m); as released for EMO.
+    """1 - linear CKA of two representations of r items, (r, n) and (r, m), as released for EMO.
 
-    ‖XᵀY‖_F / sqrt(‖XᵀX‖_F ‖YᵀY‖_F) of columns with mean 0: the root of Kornblith et al.'s (2019).
-    A scalar in [0, 1]; 1, without a gradient, where the items are all alike.
+    CKA = ‖XᵀY‖_F / sqrt(‖XᵀX‖_F ‖YᵀY‖_F) of centred columns: the root of Kornblith et al.'s (2019).
+    A scalar in [0, 1]: 0 for any two items, 1 where all items are alike.
     """
     X, Y = X.double() - X.double().mean(0), Y.double() - Y.double().mean(0)
-    scale = (X.T @ X).norm() * (Y.T @ Y).norm()
-    return 1 - (X.T @ Y).norm() / scale.clamp(min=1e-30).sqrt()
+    lengths = [(Z.T @ Z).norm().clamp(min=1e-12) for Z in (X, Y)]
+    return 1 - (X.T @ Y).norm() / (lengths[0] * lengths[1]).sqrt()
 
 
 def sinkhorn(cost, a, b, epsilon, iterations):
-    """The entropic optimal transport plan of a cost, (n, m), and masses (n,), (m,): (n, m).
+    """The entropic optimal transport plan of a cost, (n, m), from masses (n,) to (m,): (n, m).
 
-    Sinkhorn's iteration (Cuturi, 2013) on logarithms: diag(u) exp(-cost / ε) diag(v).
+    diag(u) K diag(v), K = exp(-cost / ε), v = b / Kᵀu, u = a / Kv in turn (Cuturi, 2013), by
+    logarithms. There may be N of each, (N, n, m); a mass may be 0.
     """
     log_K, log_u = -cost / epsilon, torch.zeros_like(a)
     for _ in range(iterations):
-        log_v = b.log() - (log_K + log_u[:, None]).logsumexp(0)
-        log_u = a.log() - (log_K + log_v[None, :]).logsumexp(1)
-    return (log_K + log_u[:, None] + log_v[None, :]).exp()
+        log_v = b.log() - (log_K + log_u.unsqueeze(-1)).logsumexp(-2)
+        log_u = a.log() - (log_K + log_v.unsqueeze(-2)).logsumexp(-1)
+    return (log_u.unsqueeze(-1) + log_K + log_v.unsqueeze(-2)).exp()
 
 
-def cdm_loss(W, states, z, teacher, s):
-    """Contextual dynamic mapping: 50 x the tokens' mean square + that of the sentence vectors."""
-    words = teacher["own words"]
-    aligned = teacher["average"] @ teacher["last"]  # (N, n_S, d_T)
-    tokens = unit_mse(W["P"](states[-1][words]), aligned[words], s.mse)
-    return 50 * tokens + unit_mse(W["P"](z), teacher["sentence"], s.mse)
+def cdm_loss(W, student, teacher, s):
+    """Contextual dynamic mapping: 50 x the words' mean square + that of the sentence vectors."""
+    links, e_T = teacher["links"], teacher["sentence"]
+    aligned = links / links.sum(-1, keepdim=True).clamp(min=1) @ teacher["last"]  # (N, n_S, d_T)
+    words = links.any(-1)
+    tokens = unit_mse(student["last"][words] @ W["P"], aligned[words], s.mse)
+    return 50 * tokens + unit_mse(student["sentence"] @ W["P"], e_T, s.mse)
 
 
-def dskd_loss(W, states, z, teacher, s):
-    """Dual-space distillation: sentences and tokens, in the teacher's space and in the student's.
+def dskd_loss(W, student, teacher, s):
+    """Dual-space distillation: sentences and words, in the teacher's space and in the student's.
 
-    Tokens: each side's middle layer is rebuilt by attention to the other's.
+    Words: each side's middle layer, and what attention makes of the other's.
     """
-    sentence, T, S = teacher["sentence"], teacher["middle"], states[(len(states) - 1) // 2]
-    own, its = teacher["own words"], teacher["words"]
-    mask = teacher["own mask"]
-    of_student = attend(W["q_S"](S), W["k_T"](T), W["v_T"](T), teacher["mask"])  # (N, n_S, d_S)
-    of_teacher = attend(W["q_T"](T), W["k_S"](S), W["v_S"](S), mask)  # (N, n_T, d_T)
-    loss = unit_mse(W["to_T"](z), sentence, s.mse) + unit_mse(z, W["to_S"](sentence), s.mse)
-    loss = loss + unit_mse(S[own], of_student[own], s.mse)
-    return loss + unit_mse(T[its], of_teacher[its], s.mse)
+    names = "middle", "sentence", "mask"
+    (S, e_S, mask_S), (T, e_T, mask_T) = ([x[name] for name in names] for x in (student, teacher))
+    own = attention(S @ W["q_S"], T @ W["k_T"], mask_T) @ (T @ W["v_T"])  # (N, n_S, d_S)
+    its = attention(T @ W["q_T"], S @ W["k_S"], mask_S) @ (S @ W["v_S"])  # (N, n_T, d_T)
+    words, its_words = teacher["links"].any(-1), teacher["links"].any(-2)
+    pairs = [(e_S @ W["to_T"], e_T), (e_S, e_T @ W["to_S"])]
+    pairs += [(S[words], own[words]), (T[its_words], its[its_words])]
+    return sum(unit_mse(*pair, s.mse) for pair in pairs)
 
 
-def emo_loss(W, states, attention, teacher):
-    """EMO: 0.05 x the sum of 1 - CKA of attention rows, + half the mean cost of transport."""
-    cka, transport = [], []
-    own_mask, mask = teacher["own mask"], teacher["mask"]
-    for i, (found, pairs) in enumerate(teacher["maps"]):
-        n_S, n_T = int(own_mask[i].sum()), int(mask[i].sum())
-        importance = teacher["importance"][i, :n_T]
-        pairs = sorted(pairs, key=lambda pair: -importance[pair[1]].item())
-        if len(pairs) > 2:  # of two rows CKA is always 1
-            rows, its = map(list, zip(*pairs[: max(3, len(pairs) // 3)]))
-            cka.append(cka_loss(attention[i, rows, :n_S], teacher["attention"][i, its, :n_T]))
-        mass = importance.min().expand(n_S).clone()  # of student tokens that none is near to
-        for t, s in found.items():
-            mass[s] = importance[t]
-        S, T = states[-1][i, :n_S], W["P"](teacher["last"][i, :n_T])
-        cost = 1 - (S @ T.T / S.shape[-1] ** 0.5).softmax(-1)  # (n_S, n_T)
-        plan = sinkhorn(cost, mass / mass.sum(), importance, 0.1, 100)
-        transport.append((plan * cost).sum())
-    relations = torch.stack(cka).sum() if cka else 0.0
-    return 0.05 * relations + 0.5 * torch.stack(transport).mean()
+def emo_loss(W, student, teacher, s):
+    """EMO: 0.05 x the sum of 1 - CKA of attention rows + half the mean cost of transport."""
+    both = zip(student["map"], teacher["map"], teacher["rows"])
+    relations = sum(cka_loss(X[rows[0]], Y[rows[1]]) for X, Y, rows in both if rows)
+    cost = 1 - attention(
+        student["last"], teacher["last"] @ W["P"], teacher["mask"]
+    )  # (N, n_S, n_T)
+    plan = sinkhorn(cost, teacher["mass"], teacher["importance"], 0.1, 100)
+    return 0.05 * relations + 0.5 * (plan * cost).sum((1, 2)).mean()
 
 
-def new_matrices(method, d_S, d_T):
-    """A method's trained matrices: {name: Linear without a bias}."""
-    if method != "dskd":
-        sizes = {"P": (d_S, d_T) if method == "cdm" else (d_T, d_S)}
-        return {name: Linear(*size, bias=False) for name, size in sizes.items()}
-    d = min(d_S, d_T)
-    sizes = {"to_T": (d_S, d_T), "to_S": (d_T, d_S), "q_S": (d_S, d), "k_T": (d_T, d)}
-    sizes |= {"v_T": (d_T, d_S), "q_T": (d_T, d), "k_S": (d_S, d), "v_S": (d_S, d_T)}
-    found = {name: Linear(*size, bias=False) for name, size in sizes.items()}
-    for matrix in found.values():
-        torch.nn.init.xavier_uniform_(matrix.weight)
+def new_matrices(method, student, d_T):
+    """A method's matrices in MATRICES's order, with torch's first values; dskd's are Xavier's."""
+    d_S, found = student.dimensions, []
+    widths = {"S": d_S, "T": d_T, "A": min(d_S, d_T)}
+    for start, end in MATRICES[method].values():
+        n, m = widths[start], widths[end]
+        bound = (6 / (n + m)) ** 0.5 if method == "dskd" else n**-0.5
+        found.append(torch.empty(n, m).uniform_(-bound, bound).to(student.model.device))
     return found
 
 
 class Online(talas.Objective):
     """A method's objective: SimCSE, and what it takes from the teacher's tokens."""
 
-    def __init__(self, student, matrices, s):
-        super().__init__(student, [], s)
-        self.projections = torch.nn.ModuleDict(matrices).to(student.model.device)
-
     def forward(self, tokens, teacher, domains=None):
         """(loss, {its terms}); tokens as in talas.embed, teacher as in OnlineCorpus.batch."""
-        s, N, emo = self.s, len(tokens["input_ids"]), self.s.method == "emo"
+        s, N, mask = self.s, len(tokens["input_ids"]), tokens["attention_mask"].repeat(2, 1)
         twice = {name: t.repeat(2, 1) for name, t in tokens.items()}  # (2N, n_S)
-        given = forward(self.model, twice, output_hidden_states=True, output_attentions=emo)
-        views = pool(given.hidden_states[-1], twice["attention_mask"], self.student.pooling)
-        z, z_prime = views.split(N)  # (N, d_S)
-        states = [h[:N] for h in given.hidden_states[1:]]  # L of (N, n_S, d_S): the first view's
-        teacher = teacher | {"own mask": tokens["attention_mask"]}
+        maps = (-1,) if s.method == "emo" else ()
+        states = token_states(self.student, twice, maps)
+        z, z_prime = pool(states[1], mask, self.student.pooling).split(N)
+        names = ("middle", "last", "map")  # of the first view
+        first = {"sentence": z, "mask": mask[:N]} | {n: x[:N] for n, x in zip(names, states)}
         simcse = talas.simcse_loss(z, z_prime, s.temperature)
-        if emo:
-            own = emo_loss(self.projections, states, given.attentions[-1][:N].mean(1), teacher)
-        else:
-            method = {"cdm": cdm_loss, "dskd": dskd_loss}[s.method]
-            own = method(self.projections, states, z, teacher, s)
+        method = {"cdm": cdm_loss, "dskd": dskd_loss, "emo": emo_loss}[s.method]
+        own = method(dict(zip(MATRICES[s.method], self.projections)), first, teacher, s)
         loss = (1.0 if s.method == "dskd" else 0.5) * simcse + own
         return loss, {"simcse": simcse, "distillation": own, "loss": loss}
 
 
 # ------------------------------------------------------------------------------------ command line
-def save(objective, folder):
-    """Write the student, and beside it the method's matrices."""
-    save_encoder(folder, objective.student)
-    torch.save(objective.projections.state_dict(), folder / "projections.pt")
-
-
 def parse_settings(argv):
     """Settings from the command line; the defaults are the method's own."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method", default="cdm")
-    method = first.parse_known_args(argv)[0].method
-    return talas.parse_settings(argv, Settings, **OWN.get(method, {}))
+    with redirect_stdout(None):
+        method = talas.parse_settings(argv, Settings).method
+    return talas.parse_settings(argv, Settings, **OWN[method])
+
+
+def prepare(s, cache):
+    """(OnlineCorpus, Online) of a cache's sentences; the teacher is on the student's device."""
+    torch.manual_seed(s.seed)
+    student = talas.load_student(s, cache["sentences"])
+    how = s.teacher_pooling, s.max_length, DTYPES[s.teacher_dtype], student.model.device
+    teacher = load_encoder(s.teacher, *how)
+    teacher.model.requires_grad_(False)
+    for encoder in (student, teacher) if s.method == "emo" else ():
+        encoder.model.set_attn_implementation("eager")  # the fused kernels give no maps
+    matrices = new_matrices(s.method, student, teacher.dimensions)
+    return OnlineCorpus(cache, student, teacher, s), Online(student, matrices, s)
+
+
+def run(s, after_epoch=lambda objective, epoch: None):
+    """From the corpus to the student; after_epoch as in study/baselines.py."""
+    if not s.teacher:
+        fail("--teacher is missing: the Hub id or the folder of a model, which runs in every step")
+    with started(s):
+        cache = load_cache(s.corpus, needed=False)  # the sentences alone
+        corpus, objective = prepare(s, cache)
+        check_fit(s, corpus.student, corpus)
+        rehearse(corpus.student, corpus, two_views=True)
+        with torch.no_grad():
+            objective(*corpus.batch(torch.arange(2))[:2])
+        talas.train(s, corpus, objective, partial(after_epoch, objective))
+        finish(s, cache | {"teacher": s.teacher}, partial(talas.save_student, objective))
 
 
 def main(argv=None):
     """The command line: as that of talas.py, with a corpus and a teacher that runs online."""
-    s = parse_settings(argv)
-    with started(s):
-        sentences, sources, *_ = unique_corpus(s.corpus)
-        torch.manual_seed(s.seed)
-        student = talas.load_student(s, sentences)
-        dtype, device = DTYPES[s.teacher_dtype], student.model.device
-        teacher = load_encoder(s.teacher, s.teacher_pooling, s.max_length, dtype, device)
-        teacher.model.requires_grad_(False)
-        if s.method == "emo":  # the fused kernels give no attention maps
-            for model in (student.model, teacher.model):
-                model.set_attn_implementation("eager")
-        corpus = OnlineCorpus(sentences, sources, student, teacher, s)
-        matrices = new_matrices(s.method, student.dimensions, teacher.dimensions)
-        objective = Online(student, matrices, s)
-        check_fit(s, student, corpus)
-        rehearse(student, corpus, two_views=True)
-        talas.train(s, corpus, objective)
-        about = {"teacher": s.teacher, "fingerprint": fingerprint(sentences)}
-        finish(s, about, partial(save, objective))
+    run(parse_settings(argv))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
-"""results.json: a line a run, with every score, the settings, the versions and the curves."""
+"""results.json, an entry a run; pairs.csv; rows.csv: what a run can be; claims.csv; bench.csv."""
 
-from support.files import attempt, whole
-from support.run import read_metrics
-
+import argparse
 import json
 import platform
 import tempfile
@@ -11,17 +9,44 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-RESULTS = Path(__file__).parent / "results.json"
+from support import attempt, fail
+from support.data import read_table
+from support.files import whole
+from support.run import read_metrics
+
+HERE = Path(__file__).parent
+PAIRS, ROWS, CLAIMS, BENCH = (
+    {next(iter(row.values())): row for row in read_table(HERE / f"{name}.csv")}
+    for name in ("pairs", "rows", "claims", "bench")
+)
+UNTRAINED = ("teacher", "before")
 AVERAGES = {"avg_in": "Avg-In", "avg_out": "Avg-Out", "avg": "Avg"}
-NAMES = {"banking77": "Banking77", "mrpc": "MRPC", "scitail": "SciTail", "wic": "WiC"}
+NAMES = {"banking77": "Banking77", "mrpc": "MRPC", "scitail": "SciTail", "wic": "WiC"} | AVERAGES
 NAMES |= {"tweet": "Tweet", "emotion": "Emotion", "sick": "SICK", "sts12": "STS12", "stsb": "STS-B"}
 HISTORY = ["step", "simcse", "tamd", "lasd", "distillation", "sharpness_gap"]
 
 
+def command_line(doc):
+    """A parser whose mistakes are one line, with the flag --results; and its add_argument."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
+    parser.error = fail
+    parser.add_argument("--results", default=f"{HERE}/results.json", help="the results file")
+    return parser, parser.add_argument
+
+
+class Entry(dict):
+    """An object in a JSON file, which ends the program when it is asked for a key it lacks."""
+
+    def __missing__(self, key):
+        fail(f"the results lack {key!r} in {json.dumps(self)[:100]} ...")
+
+
 def read_json(path):
-    """What a JSON file holds; an empty dict if there is no such file."""
+    """The object in a JSON file, an Entry; an empty one if there is no such file."""
     with attempt(f"read {path}"):
-        return json.loads(Path(path).read_text("utf-8")) if Path(path).exists() else {}
+        text = Path(path).read_text("utf-8") if Path(path).exists() else "{}"
+        content = json.loads(text, object_hook=Entry)
+    return content if isinstance(content, Entry) else fail(f"{path} holds no JSON object")
 
 
 def record(path, key, entry):
@@ -45,9 +70,8 @@ def portable(settings):
 
 def machine():
     """The accelerator's name, or the kind of processor: what times are of."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+    processor = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor
 
 
 def describe(out):
@@ -67,17 +91,18 @@ def describe(out):
     }
 
 
-def runs(results, pair, row):
-    """{seed: entry} of a row of a pair, in the seeds' order."""
-    found = [e for e in results.values() if (e.get("pair"), e.get("row")) == (pair, row)]
-    return {entry["seed"]: entry for entry in sorted(found, key=lambda entry: entry["seed"])}
-
-
-def curves(results, pair, row, key):
-    """{seed: {epoch: value}} of what a row's runs keep by epoch; runs without it are left out."""
-    return {seed: e[key] for seed, e in runs(results, pair, row).items() if e.get(key)}
-
-
 def pairs(results):
     """The pairs that there are runs of."""
     return list(dict.fromkeys(entry["pair"] for entry in results.values() if "pair" in entry))
+
+
+def runs(results, pair, row):
+    """The entries of a row of a pair, in the seeds' order."""
+    found = [e for e in results.values() if (e.get("pair"), e.get("row")) == (pair, row)]
+    return sorted(found, key=lambda entry: entry["seed"])
+
+
+def scores(results, pair, row, task="avg"):
+    """{seed: score} of a task or an average; runs whose average is of no task are left out."""
+    found = [entry for entry in runs(results, pair, row) if entry["scores"][task] is not None]
+    return {entry["seed"]: entry["scores"][task] for entry in found}

@@ -4,26 +4,21 @@
     python study/run.py --pairs B --rows all --models real --embeddings mpnet.npy \
         --corpus corpus.jsonl --data DIR
 
-A run that is in results.json is not run again; one that was interrupted goes on from its last whole
-epoch. Start the same command twice, and two runs go on at a time. Flags that are not listed go to
-talas.py (--epochs 1, --sharpness). Without a network there are the pairs A and B: the embeddings of
-all-mpnet-base-v2, an array, into students of 6 and of 3 layers.
+A run that is in results.json is not run again; an interrupted one goes on. Start the same command
+twice, and two runs go on at a time. Flags that are not listed go to talas.py (--epochs 1), but for
+those that rows are made of. Without a network there are the pairs A and B: the embeddings of
+all-mpnet-base-v2, an array, into students of 6 and 3 layers.
 """
 
-import argparse
+import re
 import shutil
 import sys
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from support import fail, one_line
-from support.encoder import forward
-from support.run import Checkpoint
 
 import torch
 from filelock import FileLock, Timeout
@@ -31,179 +26,95 @@ from filelock import FileLock, Timeout
 import cache_teacher
 import eval as evaluation
 import talas
-from study import baselines, released
-from study.results import RESULTS, describe, portable, read_json, record
+from study import baselines, released, results
+from study.results import PAIRS, ROWS, UNTRAINED, portable, read_json
+from support import fail
+from support.encoder import pooled_layers
+from support.files import check_output
+from support.run import check_settings
 
-H384, H768 = (f"nreimers/MiniLMv2-L6-{size}-distilled-from-BERT-Base" for size in ("H384", "H768"))
-PAIRS = {  # teacher and student: Hub ids; of A and B, folders in --models
-    "qwen3-0.6b": ("Qwen/Qwen3-Embedding-0.6B", H384),
-    "bge-m3": ("BAAI/bge-m3", H768),
-    "qwen3-4b": ("Qwen/Qwen3-Embedding-4B", "google-bert/bert-base-uncased"),
-    "A": ("mpnet", "student6-cls"),
-    "B": ("mpnet", "student-cls"),
-}
-LOCAL = ("A", "B")
-ROWS = {  # the flags of talas.py; None: nothing is trained
-    "teacher": None,
-    "before": None,
-    "S": "--lambda2 0 --lambda3 0 --optimizer adamw",
-    "T": "--lambda1 0 --lambda3 0 --optimizer adamw",
-    "ST": "--lambda3 0 --optimizer adamw",
-    "STL": "--optimizer adamw",
-    "TLA": "--lambda1 0",
-    "STA": "--lambda3 0",
-    "STLA": "",
-    "STLA-rho-0.5": "--rho 0.5",
-    "STLA-rho-1": "--rho 1",
-    "STLA-rho-2": "--rho 2",
-    "STLA-SAM": "--optimizer sam --rho 0.005",  # note 17
-    "STLA-DISAM": "--optimizer disam --rho 0.005",
-    "STLA-K-1": "--anchored_layers 1",
-    "STLA-K-3": "--anchored_layers 3",
-    "STL-lambda3-0.1": "--optimizer adamw --lambda3 0.1",
-    "STL-lambda3-10": "--optimizer adamw --lambda3 10",
-    "STL-detach_guide": "--optimizer adamw --detach_guide",
-    "STLA-released": "",  # with released_behaviour()
-    "released-code": "",  # the authors' own, from --released
-    "distill": "--method distill",  # these four are by baselines.py
-    "distill-mse": "--method distill --distance mse",
-    "stella": "--method stella",
-    "distillcse": "--method distillcse",
-}
+OWN = "--teacher --student --output --seed --device --resume --overwrite"
+NAMED = {*re.findall(r"--(\w+)", " ".join([OWN, *(row["flags"] for row in ROWS.values())]))}
+BY_NAME = ("teacher", "released-code")  # of the rows: not among `all`
 
 
-# ------------------------------------------------------------------- what is changed for the study
-@contextmanager
-def released_behaviour():
-    """LASD from the embedding layer on (l = 0), and new dropout masks in the second pass.
+class Released(talas.Objective):
+    """Eq. 7 as the authors' code has it: LASD from layer 0 on, other masks in the second pass."""
 
-    In these the released code differs from Eqs. 2 and 5 as talas.py reads them. Two more things
-    stay as talas.py has them: the learning rate falls to 0 (not to 2e-6), and an epoch's last,
-    incomplete batch is left out.
-    """
+    second_pass = False
 
-    def with_layer_0(model, batch):
-        return forward(model, batch, output_hidden_states=True).hidden_states
-
-    def fork_rng(devices):
-        return nullcontext()
-
-    layers = mock.patch.object(talas, "hidden_states", with_layer_0)
-    with layers, mock.patch.object(torch.random, "fork_rng", fork_rng):
-        yield
+    def forward(self, tokens, teacher, domains=None):
+        """(loss, {its terms}); in training every other call is a step's second pass."""
+        if self.training and self.second_pass:
+            torch.manual_seed(int(torch.randint(2**62, ())))  # away from the first pass's masks
+        self.second_pass = self.training and not self.second_pass
+        twice = {name: t.repeat(2, 1) for name, t in tokens.items()}  # (2N, T)
+        pooled = pooled_layers(self.student, twice, self.s.precision, from_layer=0)
+        layers = [E.unflatten(0, (2, -1)) for E in pooled]  # L + 1 of (2, N, d_S)
+        loss, terms = talas.total_loss(layers, self.projections, teacher, self.s)
+        return loss, terms | {"loss": loss}
 
 
-@contextmanager
-def epochs_kept(folder):
-    """Keep the student after each epoch, too: folder/1, folder/2, ..."""
-    save = Checkpoint.save
-
-    def keep(self, epoch):
-        if epoch and self.path.parent == folder.parent:  # not in stella's first stage
-            weights = self.parts["weights"]
-            talas.save_student(folder / str(epoch), weights.student, weights.projections)
-        return save(self, epoch)
-
-    with mock.patch.object(Checkpoint, "save", keep):
-        yield
+KINDS = {"STLA-released": Released, "released-code": released}  # the objective, or a module
 
 
-# --------------------------------------------------------------------------------------- the runs
-def settings_of(row, flags):
-    """The settings of a row that is run with these flags, and the main function that takes them."""
-    if "--method" in (ROWS[row] or ""):
-        return talas.parse_settings(flags, baselines.Settings), baselines.main
-    return talas.parse_settings(flags), talas.main
+def keep(folder, objective, epoch):
+    """Keep the student after an epoch, whole or not at all: folder/1, folder/2, ..."""
+    talas.save_student(objective, folder / "draft")
+    shutil.rmtree(folder / str(epoch), ignore_errors=True)
+    (folder / "draft").rename(folder / str(epoch))
 
 
-def models_of(args, pair):
-    """(teacher, student): Hub ids or paths."""
-    return [str(args.models / name) if pair in LOCAL else name for name in PAIRS[pair]]
-
-
-def make_cache(args, pair, path):
-    """Run the pair's teacher, unless its cache is there; of A and B, take the array if given."""
-    teacher, _ = models_of(args, pair)
-    teacher = args.embeddings if pair in LOCAL and args.embeddings else teacher
-    dtype = "bfloat16" if pair == "qwen3-4b" else "float32"
-    about = ["--corpus", args.corpus, "--dtype", dtype, "--device", args.device]
-    with FileLock(f"{path}.waiting"):
-        cache_teacher.main(["--teacher", teacher, "--output", path, *about])
-
-
-def kept(out, epochs):
-    """The students that epochs_kept left, one an epoch; none unless all of them are there."""
-    paths = [out / "epochs" / str(epoch) for epoch in range(1, epochs + 1)]
-    return [str(path) for path in paths] if all(path.exists() for path in paths) else []
-
-
-def train(args, pair, row, flags):
+def train(args, teacher, dtype, s, kind):
     """Train one row, unless its output holds just that; an interrupted training goes on."""
-    s, program = settings_of(row, flags)
-    out = Path(s.output)
-    told = read_json(out / "talas.json").get("settings", {})
-    lacking = s.sharpness and not told.get("sharpness")
-    lacking = lacking or (args.each_epoch and row != "released-code" and not kept(out, s.epochs))
-    there = (out / "checkpoint.pt").exists()
-    if portable(told) == portable(asdict(s)) and not (lacking or there):
+    out, told = Path(s.output), read_json(Path(s.output, "talas.json")).get("settings", {})
+    lacks, there = s.sharpness and not told.get("sharpness"), (out / "checkpoint.pt").exists()
+    if portable(told) == portable(asdict(s)) and not lacks and not there:
         return
-    make_cache(args, pair, s.teacher)
-    if row == "released-code":
+    cached = ["--teacher", teacher, "--output", s.teacher, "--corpus", args.corpus]
+    with FileLock(f"{s.teacher}.waiting"):  # a cache that is there is kept
+        cache_teacher.main([*cached, "--dtype", dtype, "--device", args.device])
+    if kind is released:
         return released.train(args.released, s)
-    with ExitStack() as changes:
-        if row == "STLA-released":
-            changes.enter_context(released_behaviour())
-        if args.each_epoch:
-            changes.enter_context(epochs_kept(out / "epochs"))
-        if not there:
-            shutil.rmtree(out / "epochs", ignore_errors=True)
-        program([*flags, "--resume" if there else "--overwrite"])
+    s = replace(s, resume=there, overwrite=not there)
+    baselines.run(s, kind, *([partial(keep, out / "epochs")] if args.each_epoch else []))
 
 
-def score(args, out, *models):
-    """[{task: score}] of eval.py, for each of the models."""
-    file = str(out / "scores.json")
-    evaluation.main([*models, "--data", args.data, "--json", file, "--device", args.device])
-    return [read_json(file)[model] for model in models]
-
-
-def run(args, pair, row, seed):
-    """One run, from the teacher to its entry in results.json, unless that has it already."""
-    trained, (teacher, student) = ROWS[row] is not None, models_of(args, pair)
-    key = f"{pair}/{row}/{seed}" if trained else f"{pair}/{row}"
-    out, cache = args.work / f"{pair}-{row}-{seed}", f"{PAIRS[pair][0].replace('/', '-')}.pt"
-    flags = ["--teacher", str(args.work / cache), "--student", student, "--output", str(out)]
-    flags += ["--seed", str(seed), "--device", args.device, *(ROWS[row] or "").split(), *args.flags]
-    s, data = settings_of(row, flags)[0], Path(args.data).name
-    settings = portable(asdict(s)) if trained else None
-    entry = {"pair": pair, "row": row, "seed": seed, "data": data, "settings": settings}
-    old = read_json(args.results).get(key)
-    if old and any(old[name] != entry[name] for name in ("data", "settings")):
-        fail(f"{args.results} has {key} with other settings or data; take another file --results")
-    if old:
-        by_epoch = args.each_epoch and row != "released-code"  # which keeps the last one alone
-        asked = {"sharpness": s.sharpness, "each_epoch": by_epoch}
-        there = {"sharpness": old.get("lambda_max"), "each_epoch": old.get("epochs")}
-        missing = [f"--{name}" for name in asked if asked[name] and trained and not there[name]]
-        without = f", without {' '.join(missing)}; take another file --results" if missing else ""
-        return print(f"done already{without}")
+def run(args, seed, pair, row, check=False):
+    """One run, from the teacher to its entry in results.json; or a check of its settings alone."""
+    about, key = PAIRS[pair], f"{pair}/{row}" if row in UNTRAINED else f"{pair}/{row}/{seed}"
+    teacher, student = about["teacher"], about["student"]
+    out, cache = args.work / f"{pair}-{row}-{seed}", args.work / f"{teacher.replace('/', '-')}.pt"
+    if "/" not in teacher:
+        teacher, student = str(args.models / teacher), str(args.models / student)
+    own = {"teacher": cache, "student": student, "output": out, "seed": seed, "device": args.device}
+    flags = [f"--{name}={value}" for name, value in own.items()]
+    flags += [*args.flags, *ROWS[row]["flags"].split()]
+    method = "--method" in flags
+    s = talas.parse_settings(flags, baselines.Settings if method else talas.Settings)
+    kind = KINDS.get(row, baselines.Baseline if method else talas.Objective)
+    check_settings(s)
+    entry = {"pair": pair, "row": row, "seed": seed, "data": Path(args.data).name}
+    entry["settings"] = None if row in UNTRAINED else portable(asdict(s))
+    if old := read_json(args.results).get(key):
+        lacks = entry["settings"] and s.sharpness and not old.get("lambda_max")
+        if lacks or any(old[name] != entry[name] for name in ("data", "settings")):
+            fail(f"{args.results} has {key} with other settings or data; take another --results")
+    if check or old:
+        return check or print("done already")
     out.mkdir(exist_ok=True)
-    if trained:
-        train(args, pair, row, flags)
-        entry |= describe(out)
-    model = {"teacher": teacher, "before": student}.get(row, str(out))
-    entry["scores"], *earlier = score(args, out, model, *kept(out, s.epochs)[:-1])
-    if earlier:
-        averages = [scores["avg"] for scores in [*earlier, entry["scores"]]]
-        entry["epochs"] = {str(epoch): avg for epoch, avg in enumerate(averages, 1)}
-    record(args.results, key, entry)
+    if entry["settings"]:
+        array = args.embeddings if "/" not in about["teacher"] else None
+        train(args, array or teacher, about["dtype"], s, kind)
+        entry |= results.describe(out)
+    model, file = {"teacher": teacher, "before": student}.get(row, f"{out}"), f"{out}/scores.json"
+    evaluation.main([model, "--data", args.data, "--json", file, "--device", args.device])
+    results.record(args.results, key, entry | {"scores": read_json(file)[model]})
 
 
-# ------------------------------------------------------------------------------------ command line
 def parse_args(argv):
     """The command line; what is not listed goes to talas.py."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    flag, parser.error = parser.add_argument, fail
+    parser, flag = results.command_line(__doc__)
     many, rows = {"nargs": "+", "metavar": "X"}, ["all", *ROWS]
     flag("--pairs", **many, default=list(PAIRS)[:3], choices=PAIRS, help=", ".join(PAIRS))
     flag("--rows", **many, default=["STLA"], choices=rows, help=", ".join(rows))
@@ -213,35 +124,36 @@ def parse_args(argv):
     flag("--corpus", default="paper", help="as cache_teacher.py has it")
     flag("--data", default="hub", help="as eval.py has it")
     flag("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
-    flag("--each_epoch", action="store_true", help="keep and score the student of every epoch")
+    flag("--each_epoch", action="store_true", help="keep the student of each trained epoch, too")
     flag("--released", help="a clone of the released code, for the row released-code")
-    flag("--work", type=Path, default=RESULTS.parent / "runs", help="for caches and students")
-    flag("--results", default=RESULTS, help="the file for the scores")
+    flag("--work", type=Path, default=results.HERE / "runs", help="for caches and students")
     args, args.flags = parser.parse_known_args(argv)
-    if "all" in args.rows:
-        args.rows = [row for row in ROWS if row != "released-code" or args.released]
+    every = [row for row in ROWS if row not in BY_NAME] if "all" in args.rows else []
+    args.rows = [row for row in ROWS if row in [*every, *args.rows]]
     if "released-code" in args.rows and not args.released:
         fail("--rows released-code needs a clone of that code, --released DIR")
+    for given in (flag for flag in args.flags if flag.startswith("--")):
+        if given[2:].split("=")[0].replace("-", "_") in NAMED:
+            fail(f"{given} is part of what names a run: choose --pairs, --rows, --seeds, --work")
     return args
 
 
-@one_line
 def main(argv=None):
     """The command line: each run in its turn, those of the first seed first."""
     args = parse_args(argv)
+    check_output("--results", args.results)
     args.work = args.work.resolve()  # a cache that is not there yet is known by its name
+    asked = list(product(args.seeds, args.pairs, args.rows))
+    asked = [one for one in asked if one[2] not in UNTRAINED or one[0] == args.seeds[0]]
+    for one in asked:
+        run(args, *one, check=True)  # what is wrong is said before any work
     args.work.mkdir(parents=True, exist_ok=True)
     (args.work / ".gitignore").write_text("*\n")
-    for seed, pair, row in product(args.seeds, args.pairs, args.rows):
-        if ROWS[row] is None and seed != args.seeds[0]:
-            continue
+    for seed, pair, row in asked:
         print(f"--- {pair}, {row}, seed {seed}", flush=True)
-        if row == "teacher" and pair in LOCAL and not Path(models_of(args, pair)[0]).exists():
-            print(f"left out: there is no {models_of(args, pair)[0]}")
-            continue
         try:
             with FileLock(args.work / f"{pair}-{row}-{seed}.running", timeout=0):
-                run(args, pair, row, seed)
+                run(args, seed, pair, row)
         except Timeout:
             print("another process is at it")
 

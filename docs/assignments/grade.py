@@ -4,63 +4,40 @@
     python grade.py 2 4                   # some of them
     python grade.py --json results.json   # in Gradescope's format, too
 
-Each exercise runs in a process of its own with a time limit, so that an endless loop, a crash or a
-function that does not parse costs the points of that exercise alone.
+Each exercise runs in a process of its own with a time limit, so that an endless loop or a crash
+costs the points of that exercise alone.
 """
 
 import argparse
+import ast
+import contextlib
 import json
 import multiprocessing
 import os
-import re
+import signal
 import sys
+import tokenize
+import traceback
 import types
 from pathlib import Path
 
 import torch
-from checks import EXERCISES
+from checks import EXERCISES, Wrong
 
 SUBMISSION = Path(__file__).parent / "talas.py"
-LOADED, LOADING = "loaded", 60  # seconds for the imports at the top of the submission
+LOADED, LOADING = "loaded", 60  # seconds for what stands outside the submission's functions
 
 
-def blocks(source):
-    """The source, cut before each function and class at its left margin, decorators included."""
-    lines = source.splitlines(keepends=True)
-    starts = [0]
-    for i, line in enumerate(lines):
-        if re.match(r"@|def |class ", line) and not lines[i - 1].startswith("@"):
-            starts.append(i)
-    return ["".join(lines[a:b]) for a, b in zip(starts, [*starts[1:], None])]
+def read():
+    """The submission's text, as Python decodes it: with a byte order mark, a declared encoding."""
+    with tokenize.open(SUBMISSION) as file:
+        return file.read()
 
 
-def mended(source):
-    """The source, in which a function or class that does not parse is one that raises its error."""
-    kept = []
-    for block in blocks(source):
-        try:
-            compile(block, str(SUBMISSION), "exec")
-        except SyntaxError as error:
-            name = re.search(r"^(?:def|class) (\w+)", block, flags=re.M)
-            if not name:
-                raise
-            line = "".join(kept).count("\n") + (error.lineno or 1)
-            block_lines = block.count("\n")
-            told = f"{error.msg}, line {line} of {SUBMISSION.name}"
-            block = f"def {name[1]}(*_, **__): raise SyntaxError({told!r})" + "\n" * block_lines
-        kept.append(block)
-    return "".join(kept)
-
-
-def load(path=SUBMISSION):
+def load():
     """The submission as the module talas."""
-    source = Path(path).read_text(encoding="utf-8")
-    try:
-        code = compile(source, str(path), "exec")
-    except SyntaxError:
-        code = compile(mended(source), str(path), "exec")
-    module = types.ModuleType("talas")
-    module.__file__, sys.modules["talas"] = str(path), module
+    code, module = compile(read(), str(SUBMISSION), "exec"), types.ModuleType("talas")
+    module.__file__, sys.modules["talas"] = str(SUBMISSION), module
     exec(code, module.__dict__)
     return module
 
@@ -68,93 +45,98 @@ def load(path=SUBMISSION):
 def tell(error):
     """One line about an error: what, and where in the submission."""
     words = " ".join(str(error).split())[:300]
+    if isinstance(error, Wrong):
+        return words
     if isinstance(error, NotImplementedError) and words.startswith("Exercise"):
         return f"not written yet ({words})"
-    if isinstance(error, AssertionError):
-        return words
-    place, trace = "", error.__traceback__
-    while trace:
-        if Path(trace.tb_frame.f_code.co_filename).name == SUBMISSION.name:
-            place = f", line {trace.tb_lineno} of {SUBMISSION.name}"
-        trace = trace.tb_next
-    if isinstance(error, SyntaxError):
-        place = ""
-    return f"{type(error).__name__}: {words}{place}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(SUBMISSION)]
+    place = f", line {lines[-1]} of {SUBMISSION.name}" if lines else ""
+    return f"{type(error).__name__}{': ' if words else ''}{words}{place}"
 
 
 def judge(number, talas):
-    """What is wrong with an exercise, in one line; "" if nothing is."""
-    for check in EXERCISES[number][2]:
-        torch.manual_seed(0)
-        try:
+    """(whether an exercise is right, one line on it)."""
+    try:
+        for check in EXERCISES[number][2]:
+            torch.manual_seed(0)
             check(talas)
-        except (Exception, SystemExit) as error:
-            return tell(error)
-    return ""
+    except (Exception, SystemExit) as error:
+        return False, tell(error)
+    return True, "right"
 
 
 def work(number, pipe):
-    """Load the submission, judge one exercise, send the line. Runs in a process of its own."""
+    """Load the submission, judge one exercise, send what is found: all in a process of its own."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # a group, so that what it starts can be ended with it
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)  # what a submission prints is not for the table
-    os.dup2(nowhere, 2)
+    for stream in (1, 2):  # what a submission prints is not for the table
+        os.dup2(nowhere, stream)
     torch.set_num_threads(1)
     try:
         talas = load()
     except (Exception, SystemExit) as error:
-        pipe.send(f"{SUBMISSION.name} does not load: {tell(error)}")
-        return
-    pipe.send(LOADED)
-    pipe.send(judge(number, talas))
+        pipe.send((False, f"{SUBMISSION.name} does not load: {tell(error)}"))
+    else:
+        pipe.send(LOADED)
+        pipe.send(judge(number, talas))
 
 
 def grade(number, limit):
-    """judge(), in a process that has `limit` seconds once the submission is loaded."""
+    """(whether the submission loads, whether an exercise of it is right, one line on it).
+
+    The exercise has `limit` seconds once the submission is loaded.
+    """
     # a fork has the libraries loaded already; elsewhere than on Linux they do not survive one
     processes = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     receiver, sender = processes.Pipe(duplex=False)
     worker = processes.Process(target=work, args=(number, sender), daemon=True)
     worker.start()
     sender.close()
+    loaded = False
     try:
         for seconds in (LOADING, limit):
             if not receiver.poll(seconds):
-                return f"no result after {seconds:g} s: an endless loop?"
-            line = receiver.recv()
-            if line != LOADED:
-                return line
+                return loaded, False, f"no result after {seconds:g} s: an endless loop?"
+            found = receiver.recv()
+            if found != LOADED:
+                return loaded, *found
+            loaded = True
     except EOFError:
         worker.join()
-        return f"the process ended without a result (exit code {worker.exitcode})"
+        return loaded, False, f"the process ended without a result (exit code {worker.exitcode})"
     finally:
         worker.kill()
+        with contextlib.suppress(AttributeError, OSError):  # Windows has no groups; or all ended
+            os.killpg(worker.pid, signal.SIGKILL)
         worker.join()
 
 
-def main():
+def main(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("exercises", nargs="*", type=int, help="their numbers; none: all")
-    parser.add_argument(
-        "--json", type=Path, help="write the results here, as Gradescope reads them"
-    )
-    parser.add_argument("--limit", type=float, default=30, help="seconds for an exercise")
-    args = parser.parse_args()
-    chosen = args.exercises or list(EXERCISES)
-    if unknown := set(chosen) - set(EXERCISES):
-        parser.error(f"there is no exercise {min(unknown)}; there are {len(EXERCISES)}")
-    import cache_teacher  # noqa: F401 - loads the libraries once, for all exercises
-
-    tests = []
-    for number in chosen:
+    flag = parser.add_argument
+    flag("exercises", nargs="*", type=int, help="their numbers; none: all")
+    flag("--json", type=Path, help="write the results here, as Gradescope reads them")
+    flag("--limit", type=float, default=30, help="seconds for an exercise")
+    args = parser.parse_args(argv)
+    if unknown := set(args.exercises) - set(EXERCISES):
+        parser.exit(2, f"error: there is no exercise {min(unknown)}; choose of 1 to 6\n")
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        parser.exit(2, f"error: --json {args.json} must be a file's name in a folder that exists\n")
+    with contextlib.suppress(Exception, SystemExit):  # once for all, which tell what fails
+        imports = [x for x in ast.parse(read()).body if isinstance(x, (ast.Import, ast.ImportFrom))]
+        exec(compile(ast.Module(imports, []), SUBMISSION.name, "exec"), {})
+    tests, loaded = [], True
+    for number in dict.fromkeys(args.exercises or EXERCISES):
         name, points, _ = EXERCISES[number]
-        wrong = grade(number, args.limit)
-        score = 0 if wrong else points
-        name = f"Exercise {number}: {name}"
-        tests.append(
-            {"name": name, "score": score, "max_score": points, "output": wrong or "right"}
-        )
-        print(f"{name:<37} {score:>3} of {points:>3}   {wrong}".rstrip(), flush=True)
+        if loaded:  # else the last answer is that of all
+            loaded, right, line = grade(number, args.limit)
+        test = {"name": f"Exercise {number}: {name}", "score": points if right else 0}
+        tests.append(test | {"max_score": points, "output": line})
+        wrong = "" if right else f"   {line}"
+        print(f"{test['name']:<37} {test['score']:>3} of {points:>3}{wrong}", flush=True)
     reached, most = (sum(test[key] for test in tests) for key in ("score", "max_score"))
     print(f"{'Points':<37} {reached:>3} of {most:>3}")
     if args.json:

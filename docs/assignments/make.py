@@ -6,14 +6,14 @@ The bodies go by their names in talas.py as it stands, so that this can't grow o
 docstrings stay.
 """
 
+import argparse
 import ast
 import shutil
-import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-BODIES = {  # exercise: equations, names in talas.py; of a class, all methods
+BODIES = {  # exercise: equations, names in talas.py; of a class, all methods but __init__
     1: ("Eq. 3", ["tamd_loss"]),
     2: ("Eqs. 4-5", ["relation_matrix", "lasd_loss"]),
     3: ("Eq. 6", ["simcse_loss"]),
@@ -21,79 +21,58 @@ BODIES = {  # exercise: equations, names in talas.py; of a class, all methods
     5: ("Algorithm 1", ["training_step"]),
     6: ("Table 4", ["largest_hessian_eigenvalue"]),
 }
-GIVEN = ["cache_teacher.py", "eval.py", "support", "demo", "requirements.txt", "LICENSE"]
-GRADER = ["checks.py", "grade.py"]
+GIVEN = ["cache_teacher.py", "eval.py", "requirements.txt", "LICENSE"]
+GIVEN += ["docs/assignments/checks.py", "docs/assignments/grade.py"]
+FOLDERS = ["support", "demo"]
 
 
 def cut(lines, function, message):
     """Replace what follows the docstring by an error."""
-    first, *rest = function.body
-    if not (rest and ast.get_docstring(function)):
-        sys.exit(f"error: {function.name} needs a docstring and a body")
-    end = function.end_lineno
+    docstring, end = function.body[0], function.end_lineno
     while end < len(lines) and lines[end].startswith(" " * (function.col_offset + 1)):
         end += 1  # a comment at the end belongs to the body
-    indent = " " * first.col_offset
-    lines[first.end_lineno : end] = [f'{indent}raise NotImplementedError("{message}")\n']
-
-
-def cut_init(lines, function):
-    """Keep what stores the arguments in __init__; what the solution needs besides goes."""
-    arguments = {argument.arg for argument in function.args.args} - {"self"}
-    for statement in reversed(function.body):
-        used = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
-        if not used & arguments:
-            del lines[statement.lineno - 1 : statement.end_lineno]
+    error = f'raise NotImplementedError("{message}")\n'
+    lines[docstring.end_lineno : end] = [" " * docstring.col_offset + error]
 
 
 def without_solutions(source):
     """talas.py, in which the bodies of the exercises raise NotImplementedError."""
-    lines = source.splitlines(keepends=True)
+    lines, functions = source.splitlines(keepends=True), []
     there = {node.name: node for node in ast.parse(source).body if hasattr(node, "name")}
-    functions = []
     for number, (equations, names) in BODIES.items():
-        for name in names:
-            node = there[name]
+        for node in map(there.get, names):
             members = node.body if isinstance(node, ast.ClassDef) else [node]
-            members = [member for member in members if isinstance(member, ast.FunctionDef)]
-            functions += [(member, f"Exercise {number}: {equations}") for member in members]
+            own = [x for x in members if isinstance(x, ast.FunctionDef) and x.name != "__init__"]
+            functions += [(x, f"Exercise {number}: {equations}") for x in own]
     for function, message in sorted(functions, key=lambda pair: -pair[0].lineno):
-        if function.name == "__init__":
-            cut_init(lines, function)
-        else:
-            cut(lines, function, message)
+        cut(lines, function, message)
     return "".join(lines)
 
 
-def handout(text):
-    """The students' part of README.md: from its heading on."""
-    return "# TALAS in six exercises\n" + text.split("\n## The exercises\n", 1)[1]
-
-
 def make(out):
-    """Write the starter folder."""
+    """Write the starter folder; README.md is the students' half of the one beside this file."""
     out.mkdir(parents=True)
     for name in GIVEN:
-        if (ROOT / name).is_dir():
-            skip = shutil.ignore_patterns("__pycache__", ".*")
-            shutil.copytree(ROOT / name, out / name, ignore=skip)
-        else:
-            shutil.copy(ROOT / name, out / name)
-    for name in GRADER:
-        shutil.copy(HERE / name, out / name)
-    source = (ROOT / "talas.py").read_text(encoding="utf-8")
-    (out / "talas.py").write_text(without_solutions(source), encoding="utf-8")
-    text = (HERE / "README.md").read_text(encoding="utf-8")
-    (out / "README.md").write_text(handout(text), encoding="utf-8")
+        shutil.copy(ROOT / name, out)
+    for name in FOLDERS:
+        skip = shutil.ignore_patterns("__pycache__", ".*")
+        shutil.copytree(ROOT / name, out / name, ignore=skip)
+    source = (ROOT / "talas.py").read_text("utf-8")
+    text = (HERE / "README.md").read_text("utf-8")
+    (out / "talas.py").write_text(without_solutions(source), "utf-8")
+    handout = "# TALAS in six exercises\n" + text.split("\n## The exercises\n", 1)[1]
+    (out / "README.md").write_text(handout, "utf-8")
 
 
-def main():
+def main(argv=None):
     """The command line."""
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python docs/assignments/make.py OUT")
-    out = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, help="the folder to write")
+    out = parser.parse_args(argv).out
     if out.exists():
-        sys.exit(f"error: {out} exists; choose another folder")
+        parser.exit(2, f"error: {out} exists; choose another folder\n")
+    if any(out.resolve().is_relative_to(ROOT / name) for name in FOLDERS):
+        parser.exit(2, f"error: {out} lies in a folder that is copied; choose one outside\n")
     make(out)
     print(f"{out}: the starter folder; python grade.py in it gives 0 points")
 
