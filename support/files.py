@@ -48,10 +48,13 @@ def load(path, mmap=True):
     with attempt(f"read {path}", *TORN):
         with open(path, "rb") as file:
             if not zipfile.is_zipfile(file):
-                raise ValueError("torch.save did not write it, or it is only a part of a file")
+                raise ValueError("torch.save did not write it, or a part is missing (Git LFS?)")
         if not mmap and (torn := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"it is damaged: {torn}")
-        return torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
+        try:
+            return torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
+        except pickle.UnpicklingError:  # whose own words advise to run the file's code
+            raise ValueError("it holds more than tensors and plain values, or is damaged") from None
 
 
 def check_output(flag, path, **inputs):

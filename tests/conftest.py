@@ -1,5 +1,4 @@
 """What the tests share: a home of their own, and sentences, models and caches made in a moment."""
-# ruff: noqa: E402 - the environment is set before any library reads it
 
 import json
 import os
@@ -11,6 +10,7 @@ import tempfile
 import time
 import traceback
 from functools import cache as once
+from itertools import product
 from pathlib import Path
 
 # No test writes to the user's home, asks the network or a GPU.
@@ -33,15 +33,10 @@ from demo.tiny import tiny_student
 
 torch.set_num_threads(1)  # a forked process has one, and equal bits want equal numbers
 
-SENTENCES = [  # of five lengths
+WORDS = ("cook nurse pilot clown", "sees paints", "door boat rose", "garden harbour")
+SENTENCES = [  # 48, of five lengths
     f"The {who} {does} the {what} in the {where}{' and then home' * (i % 5)}."
-    for i, (who, does, what, where) in enumerate(
-        (who, does, what, where)
-        for who in ("cook", "nurse", "pilot", "clown")
-        for does in ("sees", "paints")
-        for what in ("door", "boat", "rose")
-        for where in ("garden", "harbour")
-    )
+    for i, (who, does, what, where) in enumerate(product(*map(str.split, WORDS)))
 ]
 SOURCES = ["a", "b", "a"] * 16  # two domains, unlike in size
 
@@ -55,25 +50,17 @@ def sentences():
 @pytest.fixture
 def corpus(tmp_path):
     """A .jsonl file of the 48 sentences, from two sources."""
-    path = tmp_path / "corpus.jsonl"
     rows = [{"text": text, "source": source} for text, source in zip(SENTENCES, SOURCES)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "corpus.jsonl"
 
 
 def small_cache(path):
     """Write a teacher cache of the 48 sentences: random embeddings of 8 dimensions."""
-    content = {
-        "sentences": list(SENTENCES),
-        "sources": list(SOURCES),
-        "embeddings": torch.randn(48, 8, generator=torch.Generator().manual_seed(3)),
-        "teacher": "random",
-        "pooling": "none",
-        "max_length": 256,
-        "fingerprint": fingerprint(SENTENCES),
-        "version": 1,
-    }
-    torch.save(content, path)
+    embeddings = torch.randn(48, 8, generator=torch.Generator().manual_seed(3))
+    content = {"sentences": list(SENTENCES), "sources": list(SOURCES), "embeddings": embeddings}
+    content |= {"teacher": "random", "pooling": "none", "max_length": 256, "version": 1}
+    torch.save(content | {"fingerprint": fingerprint(SENTENCES)}, path)
     return path
 
 
@@ -83,32 +70,25 @@ def cache(tmp_path):
     return small_cache(tmp_path / "teacher.pt")
 
 
-SIZES = {
-    "num_hidden_layers": 3,
-    "hidden_size": 32,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.4,  # BERT's own 0.02 would give all sentences nearly the same vector
-}
+SIZES = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 2}
+SIZES |= {"intermediate_size": 64, "max_position_embeddings": 64}
+SIZES |= {"initializer_range": 0.4}  # BERT's own 0.02 makes all sentences nearly the same vector
 
 
 def small_bert(folder, seed=0, **config):
     """Write a BERT with random weights and the sentences' vocabulary, as transformers does."""
-    tokenizer = tiny_student(SENTENCES, seed=0).tokenizer
+    student = tiny_student(SENTENCES, seed=0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = BertModel(BertConfig(vocab_size=len(tokenizer), **(SIZES | config)))
-    model.save_pretrained(folder)
-    tokenizer.model_max_length = 64
-    tokenizer.save_pretrained(folder)
+        words = student.tokenizer.get_vocab_size()
+        BertModel(BertConfig(vocab_size=words, **(SIZES | config))).save_pretrained(folder)
+    about = json.loads(student.files["tokenizer_config.json"]) | {"model_max_length": 64}
+    Path(folder, "tokenizer_config.json").write_text(json.dumps(about))
+    Path(folder, "tokenizer.json").write_bytes(student.files["tokenizer.json"])
     return folder
 
 
-@once
-def built_once():
-    """The folder that `bert` copies."""
-    return small_bert(Path(HOME.name, "bert"))
+built_once = once(lambda: small_bert(Path(HOME.name, "bert")))
 
 
 @pytest.fixture
@@ -128,8 +108,7 @@ def ends_with_one_line(capsys):
         error = capsys.readouterr().err
         assert stopped.value.code == 2
         assert error.startswith("error: ") and error.count("\n") == 1 and error[-1] == "\n", error
-        for word in words:
-            assert word in error, error
+        assert all(word in error for word in words), error
 
     return check
 
@@ -138,19 +117,18 @@ def start_process(action, **environment):
     """Begin an action in a process of its own and return its number; skip where none forks well."""
     if sys.platform != "linux":
         pytest.skip("needs Linux's fork and signals")
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.environ |= environment
-            action()
-            os._exit(0)
-        except SystemExit as stopped:
-            os._exit(stopped.code)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(99)
-    return pid
+    if pid := os.fork():
+        return pid
+    try:
+        os.environ |= environment
+        action()
+        os._exit(0)
+    except SystemExit as stopped:
+        os._exit(stopped.code)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(99)
 
 
 def in_a_process(action):
@@ -160,19 +138,18 @@ def in_a_process(action):
 
 def in_two_processes(action):
     """Run an action in two processes, as torchrun does; returns the exit code of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     pids = [start_process(action, RANK=rank, LOCAL_RANK=rank, **where) for rank in "01"]
-    codes, deadline = [None, None], time.monotonic() + 60
-    while None in codes:
+    codes, deadline = {}, time.monotonic() + 60
+    while len(codes) < 2:
         time.sleep(0.02)
-        for i, pid in enumerate(pids):
-            if codes[i] is None and (status := os.waitpid(pid, os.WNOHANG))[0]:
-                codes[i] = os.waitstatus_to_exitcode(status[1])
-        if any(codes) or time.monotonic() > deadline:  # if one fails, the other is stopped
-            for pid, code in zip(pids, codes):
-                if code is None:
-                    os.kill(pid, 9)
-    return codes
+        for pid in set(pids) - codes.keys():
+            if (status := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(status[1])
+                if codes[pid]:  # the other has five seconds to notice
+                    deadline = time.monotonic() + 5
+            elif time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+    return [codes[pid] for pid in pids]

@@ -6,499 +6,215 @@ import math
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-import torch.nn.functional as F
 
 import talas
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "docs" / "assignments"
-sys.path.append(str(FOLDER))
+sys.path.append(str(ROOT / "docs" / "assignments"))
 
-import checks  # noqa: E402
-import grade  # noqa: E402
-import make  # noqa: E402
+import checks
+import grade
+import make
 
-SOURCE = (ROOT / "talas.py").read_text(encoding="utf-8")
-POINTS = {f"Exercise {n}: {name}": points for n, (name, points, _) in checks.EXERCISES.items()}
-# what students get as it is; whatever else talas.py defines must be one of the exercises
-KEPT = {"Settings", "embed", "total_loss", "disam_objective", "Objective", "batches", "set_up"}
-KEPT |= {"train", "measure_sharpness", "parse_settings", "load_student", "save_student", "main"}
+SOURCE = (ROOT / "talas.py").read_text("utf-8")
+EXERCISES = {name for _, names in make.BODIES.values() for name in names}
 
 
-@pytest.fixture(scope="module")
-def starter(tmp_path_factory):
-    """A starter folder."""
-    out = tmp_path_factory.mktemp("class") / "starter"
-    make.make(out)
-    return out
+def bare(path):
+    """(the tree of a talas.py without the bodies of the exercises, the lines of these bodies)."""
+    source, lines = path.read_text("utf-8"), []
+    tree = ast.parse(source)
+    for top in tree.body:
+        for node in ast.walk(top) if getattr(top, "name", "") in EXERCISES else ():
+            if isinstance(node, ast.FunctionDef) and node.name != "__init__":
+                lines += source.splitlines()[node.body[0].end_lineno : node.end_lineno]
+                del node.body[1:]  # what follows the docstring
+    return ast.dump(tree), [line.strip() for line in lines]
 
 
-def run_grader(folder, *arguments):
-    """(what it prints, its results) of grade.py in a folder."""
-    command = [sys.executable, "grade.py", "--json", "results.json", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads((folder / "results.json").read_text())["tests"]
-
-
-def functions(source):
-    """{name: node} of the functions, and of the methods as Class.method."""
-    nodes = {}
-    for node in ast.parse(source).body:
-        members = node.body if isinstance(node, ast.ClassDef) else [node]
-        prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
-        found = [member for member in members if isinstance(member, ast.FunctionDef)]
-        nodes |= {prefix + member.name: member for member in found}
-    return nodes
-
-
-def is_exercise(name):
-    """Whether a function or method of talas.py is to be written by the students."""
-    mine = [name for _, names in make.BODIES.values() for name in names]
-    return name in mine or (name.split(".")[0] in mine and not name.endswith("__init__"))
-
-
-# ------------------------------------------------------------------------------ the starter folder
-def test_every_function_is_given_or_an_exercise():
-    """A new function in talas.py may hold a part of a solution: decide, and write it down."""
-    names = {name.split(".")[0] for name in functions(SOURCE)} | {"Settings"}
-    exercises = {name for _, names in make.BODIES.values() for name in names}
-    assert names == KEPT | exercises
-
-
-def test_the_starter_keeps_signatures_and_docstrings_and_loses_bodies(starter):
-    """Everything but the bodies of the exercises is as it was."""
-    ours, theirs = functions(SOURCE), functions((starter / "talas.py").read_text(encoding="utf-8"))
-    assert list(ours) == list(theirs)
-    for name, node in ours.items():
-        other = theirs[name]
-        assert ast.dump(node.args) == ast.dump(other.args)
-        assert ast.get_docstring(node) == ast.get_docstring(other)
-        if is_exercise(name):
-            assert len(other.body) == 2 and isinstance(other.body[1], ast.Raise), name
-        elif name != "ASAM.__init__":
-            assert ast.dump(node) == ast.dump(other), name
-    assert ast.unparse(theirs["ASAM.__init__"].body[-1]).startswith("self.optimizer")
-
-
-def test_no_line_of_a_solution_is_in_the_starter(starter):
-    """Neither in the code nor in its comments, the handout or the grader."""
-    lines = SOURCE.splitlines()
-    secret = set()
-    for name, node in functions(SOURCE).items():
-        if is_exercise(name):
-            body = lines[node.body[0].end_lineno : node.end_lineno]
-            secret |= {part.strip() for line in body for part in line.split("  # ")}
-    secret = {part for part in secret if len(part) > 20}
+def test_the_starter_has_all_but_the_solutions_and_no_points(tmp_path):
+    """No line of them is anywhere, and the grader says in Gradescope's format what is missing."""
+    starter = tmp_path / "starter"
+    make.main([str(starter)])
+    (ours, solutions), (theirs, left) = (bare(path / "talas.py") for path in (ROOT, starter))
+    assert ours == theirs
+    assert len(left) == 9 and all(line.startswith("raise NotImplementedError") for line in left)
+    secret = {part for line in solutions for part in line.split("  # ") if len(part) > 20}
     files = [path for path in starter.rglob("*") if path.suffix in (".py", ".md")]
-    assert len(secret) > 40 and len(files) > 10
+    assert len(secret) > 30 and len(files) > 10
     for path in files:
-        text = path.read_text(encoding="utf-8")
-        assert not [part for part in secret if part in text], path
-
-
-def test_the_starter_holds_what_it_needs_and_nothing_hidden(starter):
-    """No link of the handout leads out of the folder, no cache of Python's is in it."""
-    names = {path.name for path in starter.iterdir()}
-    needed = {"talas.py", "checks.py", "grade.py", "README.md", "demo", "support", "eval.py"}
-    assert needed | {"cache_teacher.py", "requirements.txt"} <= names
-    assert not [path for path in starter.rglob("*") if path.name[0] in "._" and path.is_dir()]
-    text = (starter / "README.md").read_text(encoding="utf-8")
-    assert all(link.startswith("https:") for link in re.findall(r"\]\((.*?)\)", text))
-    for number, (_, names) in make.BODIES.items():
-        part = text.split(f"### {number}. ")[1].split("###")[0]
-        assert f"({checks.EXERCISES[number][1]} points)" in part
-        assert all(f"`{name}`" in part for name in names)
-
-
-def test_make_writes_over_nothing(tmp_path, monkeypatch):
-    """A folder that exists may hold a student's work."""
-    monkeypatch.setattr(sys, "argv", ["make.py", str(tmp_path)])
-    with pytest.raises(SystemExit, match="exists"):
-        make.main()
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_comment_at_the_end_of_a_body_goes_too():
-    """ast does not know comments."""
-    source = 'def f(x):\n    """Doc."""\n    # before\n    return x\n    # after\n\n\ndef g():\n'
-    source += '    """Doc."""\n    return 1\n'
-    lines = source.splitlines(keepends=True)
-    make.cut(lines, ast.parse(source).body[0], "Exercise")
-    text = 'def f(x):\n    """Doc."""\n    raise NotImplementedError("Exercise")\n\n\ndef g():\n'
-    assert "".join(lines) == text + '    """Doc."""\n    return 1\n'
-
-
-# -------------------------------------------------------------------------------------- the grader
-def test_the_starter_has_no_points(starter):
-    """And the grader says why, in Gradescope's format."""
-    printed, tests = run_grader(starter)
-    assert [(test["name"], test["max_score"]) for test in tests] == list(POINTS.items())
-    assert sum(POINTS.values()) == 100
-    for number, test in enumerate(tests, 1):
-        assert test["score"] == 0
+        assert not [part for part in secret if part in path.read_text("utf-8")], path
+    handout = (starter / "README.md").read_text("utf-8")
+    assert all(f"`{name}`" in handout for name in EXERCISES)
+    assert all(link.startswith("https:") for link in re.findall(r"\]\((.*?)\)", handout))
+    command = [sys.executable, "grade.py", "--json", "results.json"]
+    printed = subprocess.run(command, cwd=starter, capture_output=True, text=True, check=True)
+    tests = json.loads((starter / "results.json").read_text())["tests"]
+    for number, (test, points) in enumerate(zip(tests, [10, 15, 15, 20, 20, 20], strict=True), 1):
+        assert (test["score"], test["max_score"]) == (0, points)
         assert test["output"].startswith(f"not written yet (Exercise {number}: ")
-    lines = printed.splitlines()
-    assert len(lines) == 7 and lines[-1].split() == ["Points", "0", "of", "100"]
+    assert printed.stdout.splitlines()[6].split() == ["Points", "0", "of", "100"]
 
 
-def test_a_broken_submission_loses_what_is_broken(starter, tmp_path):
-    """2 loops for ever, 3 does not parse, 4 exits, 5 kills its process; 1 and 6 are ours."""
-    broken = {
-        "relation_matrix": "    while True:\n        pass\n",
-        "simcse_loss": "    return ((z, z_prime)\n",
-        "ASAM.ascent_step": "        raise SystemExit(0)\n",
-        "training_step": "    import os\n    os._exit(3)\n",
-    }
-    lines = SOURCE.splitlines(keepends=True)
-    for name, node in sorted(functions(SOURCE).items(), key=lambda item: -item[1].lineno):
-        if name in broken:
-            lines[node.body[0].end_lineno : node.end_lineno] = [broken[name]]
-    folder = tmp_path / "submission"
-    folder.mkdir()
-    for path in starter.iterdir():
-        (folder / path.name).symlink_to(path)
-    (folder / "talas.py").unlink()
-    (folder / "talas.py").write_text("".join(lines), encoding="utf-8")
-    for name in ("grade.py", "checks.py"):  # a program's folder is that of the file, not the link
-        (folder / name).unlink()
-        (folder / name).write_text((starter / name).read_text(encoding="utf-8"), encoding="utf-8")
-    _, tests = run_grader(folder, "--limit", "4")
-    reached = [test["score"] for test in tests]
-    assert reached == [10, 0, 0, 0, 0, 20], [test["output"] for test in tests]
-    assert tests[1]["output"] == "no result after 4 s: an endless loop?"
-    assert re.fullmatch(r"SyntaxError: '\(' was never closed, line \d+ of.*", tests[2]["output"])
-    where = int(re.search(r"line (\d+)", tests[2]["output"])[1])
-    text = (folder / "talas.py").read_text(encoding="utf-8").splitlines()[where - 1]
-    assert text == "    return ((z, z_prime)"
-    assert tests[3]["output"].startswith("SystemExit: 0, line ")
-    assert tests[4]["output"] == "the process ended without a result (exit code 3)"
+def test_a_mistake_of_the_teacher_is_one_line(tmp_path, ends_with_one_line):
+    """Nothing is written over, no folder is copied into itself, nothing is graded in vain."""
+    inside, missing = ROOT / "demo" / "starter", tmp_path / "missing" / "results.json"
+    ends_with_one_line(lambda: make.main([str(tmp_path)]), "exists")
+    ends_with_one_line(lambda: make.main([str(inside)]), "in a folder that is copied")
+    ends_with_one_line(lambda: grade.main(["--json", str(missing)]), "folder that exists")
+    ends_with_one_line(lambda: grade.main(["7"]), "no exercise 7")
+    assert not list(tmp_path.iterdir()) and not inside.exists()
 
 
-def test_an_error_outside_the_functions_is_told(tmp_path):
-    """Nothing can be graded then."""
-    (tmp_path / "talas.py").write_text("import torch\nx = = 1\n\n\ndef f():\n    pass\n")
-    with pytest.raises(SyntaxError):
-        grade.load(tmp_path / "talas.py")
+def graded(folder, content, *arguments):
+    """Grade bytes as a submission in a folder; returns (points, line) of each exercise."""
+    grade.SUBMISSION, results = folder / "talas.py", folder / "results.json"
+    grade.SUBMISSION.write_bytes(content)
+    grade.main([*arguments, "--json", str(results)])
+    return [(test["score"], test["output"]) for test in json.loads(results.read_text())["tests"]]
 
 
-# -------------------------------------------------------------------------- right in another style
-def textbook_tamd(layers, projections, teacher, reduction="mean"):
-    """Eq. 3 with the cosine written out."""
-    total = torch.zeros(len(teacher), dtype=teacher.dtype)
-    for k in range(len(layers)):
-        p = torch.matmul(layers[k], projections[k])
-        cosine = (p * teacher).sum(-1) / (p.norm(dim=-1) * teacher.norm(dim=-1) + 1e-8)
-        total = total + (1 - cosine) / len(layers)
-    return total if reduction == "none" else total.sum() / len(total)
+BROKEN = """
+def lasd_loss(*_):
+    while True: pass
+def simcse_loss(*_):
+    assert False
+def ASAM(*_, **__):
+    raise SystemExit(0)
+import os, time
+def training_step(*_):
+    os._exit(3)
+def largest_hessian_eigenvalue(*_, **__):
+    if pid := os.fork(): open(r"CHILD", "w").write(str(pid))
+    else: time.sleep(600)
+"""
 
 
-def textbook_relation(E):
-    """Eq. 4, every pair by broadcasting."""
-    return F.cosine_similarity(E.unsqueeze(1), E.unsqueeze(0), dim=-1)
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's fork")
+def test_a_broken_submission_loses_what_is_broken(tmp_path):
+    """1 is ours; 2 loops, 3 fails without a word, 4 exits, 5 ends its process, 6 leaves one."""
+    child, broken = tmp_path / "child", SOURCE + BROKEN.replace("CHILD", str(tmp_path / "child"))
+    results = graded(tmp_path, broken.encode(), "--limit", "2")
+    assert [points for points, _ in results] == [10, 0, 0, 0, 0, 0]
+    _, loops, fails, exits, ends, leaves = [line for _, line in results]
+    assert loops == "no result after 2 s: an endless loop?"
+    assert re.fullmatch(r"AssertionError, line \d+ of talas.py", fails)
+    assert exits.startswith("SystemExit: 0, line ") and leaves.endswith("nothing is returned")
+    assert ends == "the process ended without a result (exit code 3)"
+    state, deadline = Path("/proc", child.read_text(), "stat"), time.monotonic() + 5
+    while state.exists() and ") Z" not in state.read_text():  # ended, if perhaps not buried
+        assert time.monotonic() < deadline, "what it started lives on"
 
 
-def textbook_lasd(layers, detach_guide=False):
-    """Eq. 5 as a loop with the Frobenius norm, squared."""
-    loss = 0
-    for lower, upper in zip(layers[:-1], layers[1:]):
-        guide = textbook_relation(upper.detach() if detach_guide else upper)
-        difference = guide - textbook_relation(lower)
-        loss = loss + (difference**2).sum() / len(lower) ** 2
-    return loss / (len(layers) - 1)
+def test_a_submission_is_read_as_python_reads_it(tmp_path):
+    """A byte order mark, a declared encoding; what can't be loaded is told of each exercise."""
+    assert graded(tmp_path, b"\xef\xbb\xbf" + SOURCE.encode(), "1") == [(10, "right")]
+    latin = "# coding: latin-1\ndef tamd_loss(*_):\n    raise ValueError('é')\n".encode("latin-1")
+    assert graded(tmp_path, latin, "1") == [(0, "ValueError: é, line 3 of talas.py")]
+    first, second = graded(tmp_path, b"import torch\nx = = 1\n", "1", "2", "2")
+    assert first == second and first[0] == 0 and "does not load: SyntaxError" in first[1]
 
 
-def textbook_simcse(z, z_prime, temperature, reduction="mean"):
-    """Eq. 6 with logsumexp."""
+TEXTBOOK = """
+def tamd_loss(layers, projections, teacher):
+    cosines = [F.cosine_similarity(E @ W, teacher) for E, W in zip(layers, projections)]
+    return sum((1 - c).mean() for c in cosines) / len(layers)
+def relation_matrix(E):
+    return F.cosine_similarity(E[:, None], E[None], dim=-1)
+def lasd_loss(layers, detach_guide=False):
+    R = [relation_matrix(E) for E in layers]
+    guides = [r.detach() if detach_guide else r for r in R[1:]]
+    return sum(((g - r) ** 2).sum() for g, r in zip(guides, R)) / len(R[0]) ** 2 / len(guides)
+def simcse_loss(z, z_prime, temperature):
     cosines = F.cosine_similarity(z[:, None], z_prime[None], dim=-1) / temperature
-    losses = cosines.logsumexp(1) - cosines.diagonal()
-    return losses.mean() if reduction == "mean" else losses
-
-
-class TextbookASAM:
-    """Eq. 2 as in the published code of ASAM: loops, + 1e-12, gradients of zero instead of none."""
-
+    return (cosines.logsumexp(1) - cosines.diagonal()).mean()
+class ASAM:
     def __init__(self, optimizer, rho, eta=0.0, adaptive=True):
         self.optimizer, self.rho, self.eta, self.adaptive = optimizer, rho, eta, adaptive
-
-    def parameters(self):
-        for group in self.optimizer.param_groups:
-            yield from (p for p in group["params"] if p.grad is not None)
-
-    def T(self, p):
-        return p.abs() + self.eta if self.adaptive else torch.ones_like(p)
-
-    def norm(self):
-        return torch.norm(torch.stack([(self.T(p) * p.grad).norm() for p in self.parameters()]))
-
-    def epsilon(self, p, norm):
-        return self.rho * self.T(p) ** 2 * p.grad / (norm + 1e-12)
-
-    def clear(self):
-        self.optimizer.zero_grad(set_to_none=False)
-
-    @torch.no_grad()
     def ascent_step(self):
-        norm = self.norm()
-        self.old = {p: p.detach().clone() for p in self.parameters()}
-        for p in self.old:
-            p.add_(self.epsilon(p, norm))
-        self.clear()
-
-    @torch.no_grad()
-    def back(self):
-        for p, value in self.old.items():
-            p.copy_(value)
-
+        own = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.w = {p: p.data.clone() for p in own if p.grad is not None}
+        T = {p: w.abs() + self.eta if self.adaptive else 1.0 for p, w in self.w.items()}
+        norm = sum((T[p] * p.grad).square().sum() for p in T).sqrt()
+        for p in T:
+            p.data += self.rho * T[p] ** 2 * p.grad / (norm + 1e-12)
+        self.optimizer.zero_grad(set_to_none=False)  # a
     def descent_step(self):
-        self.back()
+        for p, w in self.w.items():
+            p.data.copy_(w)
         self.optimizer.step()
-        self.clear()
-
-
-def textbook_step(objective, asam, tokens, teacher, domains, s):
-    """Algorithm 1, with the random state set by hand."""
-    if s.optimizer == "adamw":
-        loss, terms = objective(tokens, teacher)
-        loss.backward()
-        asam.descent_step()
-        return torch.tensor([*(term.item() for term in terms), loss.item(), 0.0])
+        self.optimizer.zero_grad(set_to_none=False)  # d
+def training_step(objective, asam, tokens, teacher, domains, s):
     state = torch.get_rng_state()
-    how = {"reduction": "none"} if s.optimizer == "disam" else {}
-    loss, terms = objective(tokens, teacher, **how)
-    if s.optimizer == "disam":
-        talas.disam_objective(loss, domains, s.disam_lambda).backward()
-    else:
-        loss.backward()
-    loss = loss.mean().item()
-    asam.ascent_step()
-    torch.set_rng_state(state)
-    above = objective(tokens, teacher)[0]
-    above.backward()
+    loss, terms = objective(tokens, teacher, *[domains][: s.optimizer == "disam"])
+    loss.backward()
+    values = {name: term.item() for name, term in terms.items()}
+    if s.optimizer != "adamw":
+        asam.ascent_step()
+        torch.set_rng_state(state)
+        above = objective(tokens, teacher)[0]
+        above.backward()
+        values["sharpness_gap"] = above.item() - values["loss"]
     asam.descent_step()
-    return torch.tensor([*(term.item() for term in terms), loss, above.item() - loss])
-
-
-def textbook_eigenvalue(loss_fn, parameters, iterations=40, seed=0):
-    """Lanczos with all vectors kept and orthogonalised, in float32."""
-    functions, parameters = loss_fn if isinstance(loss_fn, list) else [loss_fn], list(parameters)
-
-    def product(v):
-        total = torch.zeros_like(v)
-        for function in functions:
-            g = torch.autograd.grad(function(), parameters, create_graph=True)
-            dot = torch.cat([x.reshape(-1) for x in g]) @ v
-            Hv = torch.autograd.grad(dot, parameters)
-            total += torch.cat([x.reshape(-1) for x in Hv]) / len(functions)
-        return total
-
-    torch.manual_seed(seed)
-    n = sum(p.numel() for p in parameters)
-    q = torch.randn(n)
-    Q = (q / q.norm())[None]
-    for _ in range(min(iterations, n)):
-        u = product(Q[-1])
-        for _ in range(2):
-            u = u - Q.T @ (Q @ u)
-        if u.norm() < 1e-5:
-            break
-        Q = torch.cat([Q, (u / u.norm())[None]])
-    small = torch.stack([Q @ product(q) for q in Q])
-    return torch.linalg.eigvalsh((small + small.T) / 2).max()
-
-
-TEXTBOOK = {
-    "tamd_loss": textbook_tamd,
-    "relation_matrix": textbook_relation,
-    "lasd_loss": textbook_lasd,
-    "simcse_loss": textbook_simcse,
-    "ASAM": TextbookASAM,
-    "training_step": textbook_step,
-    "largest_hessian_eigenvalue": textbook_eigenvalue,
-}
-
-
-def judged(**replaced):
-    """{exercise: what is wrong} of talas with some of its functions replaced."""
-    module = SimpleNamespace(**{**vars(talas), **replaced})
-    lines = {number: grade.judge(number, module) for number in checks.EXERCISES}
-    return {number: line for number, line in lines.items() if line}
-
-
-def test_ours_and_another_right_solution_have_all_points():
-    """Values are checked, not how they are found."""
-    assert judged() == {}
-    assert judged(**TEXTBOOK) == {}
-
-
-# ---------------------------------------------------------------------------------- wrong solutions
-def sum_for_mean(layers, projections, teacher, reduction="mean"):
-    """The sentences' sum."""
-    losses = textbook_tamd(layers, projections, teacher, "none")
-    return losses if reduction == "none" else losses.sum()
-
-
-def last_layer_only(layers, projections, teacher, reduction="mean"):
-    """K = 1 whatever is given."""
-    return textbook_tamd(layers[-1:], projections[-1:], teacher, reduction)
-
-
-def without_diagonal(layers, detach_guide=False):
-    """The mean over pairs of different sentences."""
-    N = len(layers[0])
-    return textbook_lasd(layers, detach_guide) * N / (N - 1)
-
-
-def pupil_detached(layers, detach_guide=False):
-    """The wrong one of a pair is the constant."""
-    if not detach_guide:
-        return textbook_lasd(layers)
-    return textbook_lasd(layers[::-1], detach_guide=True)
-
-
-def without_tau(z, z_prime, temperature, reduction="mean"):
-    """τ left out."""
-    return textbook_simcse(z, z_prime, 1.0, reduction)
-
-
-def negatives_of_the_first_view(z, z_prime, temperature, reduction="mean"):
-    """cos(z_i, z_j) in the denominator, for j other than i."""
-    cosines = F.cosine_similarity(z[:, None], z[None], dim=-1)
-    own = F.cosine_similarity(z, z_prime, dim=-1)
-    cosines = (cosines - torch.diag(cosines.diagonal()) + torch.diag(own)) / temperature
-    losses = cosines.logsumexp(1) - cosines.diagonal()
-    return losses.mean() if reduction == "mean" else losses
-
-
-def views_exchanged(z, z_prime, temperature, reduction="mean"):
-    """cos(z_j, z'_i) in the denominator."""
-    return textbook_simcse(z_prime, z, temperature, reduction)
-
-
-def without_the_positive(z, z_prime, temperature, reduction="mean"):
-    """j = i left out of the denominator."""
-    cosines = F.cosine_similarity(z[:, None], z_prime[None], dim=-1) / temperature
-    others = cosines - torch.diag(torch.full((len(z),), math.inf))
-    losses = others.logsumexp(1) - cosines.diagonal()
-    return losses.mean() if reduction == "mean" else losses
-
-
-def overflowing(z, z_prime, temperature, reduction="mean"):
-    """Eq. 6 as it is printed."""
-    powers = (F.cosine_similarity(z[:, None], z_prime[None], dim=-1) / temperature).exp()
-    losses = -(powers.diagonal() / powers.sum(1)).log()
-    return losses.mean() if reduction == "mean" else losses
-
-
-class TForTSquared(TextbookASAM):
-    def epsilon(self, p, norm):
-        return self.rho * self.T(p) * p.grad / norm
-
-
-class NoReturn(TextbookASAM):
-    def back(self):
-        pass
-
-
-class InexactReturn(TextbookASAM):
-    def epsilon(self, p, norm):
-        self.moves = {**getattr(self, "moves", {}), p: super().epsilon(p, norm)}
-        return self.moves[p]
-
-    @torch.no_grad()
-    def back(self):
-        for p, move in self.moves.items():
-            p.sub_(move)
-
-
-class NormPerParameter(TextbookASAM):
-    def epsilon(self, p, norm):
-        return super().epsilon(p, (self.T(p) * p.grad).norm())
-
-
-class SignedT(TextbookASAM):
-    def T(self, p):
-        return p + self.eta if self.adaptive else torch.ones_like(p)
-
-
-class GradientKept(TextbookASAM):
-    @torch.no_grad()
-    def ascent_step(self):
-        clear, self.clear = self.clear, lambda: None
-        super().ascent_step()
-        self.clear = clear
-
-
-def other_masks(objective, asam, tokens, teacher, domains, s):
-    """The second pass draws its own dropout masks."""
-    with torch.random.fork_rng([]):
-        torch.manual_seed(torch.randint(2**31, ()).item())
-        state = torch.get_rng_state()
-    calls = [0]
-
-    def drawing(*batch, **how):
-        calls[0] += 1
-        if calls[0] == 2:
-            torch.set_rng_state(state)
-        return objective(*batch, **how)
-
-    return textbook_step(drawing, asam, tokens, teacher, domains, s)
-
-
-def descent_of_disam(objective, asam, tokens, teacher, domains, s):
-    """DISAM's ascent forgotten."""
-    plain = SimpleNamespace(optimizer="sam" if s.optimizer == "disam" else s.optimizer)
-    return textbook_step(objective, asam, tokens, teacher, domains, plain)
-
-
-def power_iteration(loss_fn, parameters, iterations=40, seed=0):
-    """The eigenvalue of largest size."""
-    functions, parameters = loss_fn if isinstance(loss_fn, list) else [loss_fn], list(parameters)
-    torch.manual_seed(seed)
-    v = [torch.randn_like(p) for p in parameters]
-    for _ in range(iterations):
-        loss = sum(function() for function in functions) / len(functions)
-        g = torch.autograd.grad(loss, parameters, create_graph=True)
-        length = math.sqrt(sum(x.square().sum() for x in v))
-        v = [x / length for x in v]
-        Hv = torch.autograd.grad(g, parameters, v)
-        value = sum((a * b).sum() for a, b in zip(v, Hv))
-        v = Hv
-    return value
-
-
-MISTAKES = [
-    (1, "tamd_loss", sum_for_mean, "distances 0, 1, 0.2 of three sentences: expected 0.4, got 1.2"),
-    (1, "tamd_loss", last_layer_only, "two layers, of 0.4 and 1.6: expected 1.0, got 1.6"),
-    (2, "lasd_loss", without_diagonal, "six of nine cosines"),
-    (2, "lasd_loss", pupil_detached, "detach_guide"),
-    (3, "simcse_loss", without_tau, "τ = 0.5"),
-    (3, "simcse_loss", negatives_of_the_first_view, "second views"),
-    (3, "simcse_loss", views_exchanged, "second views"),
-    (3, "simcse_loss", without_the_positive, "cosines 1"),
-    (3, "simcse_loss", overflowing, "τ = 0.001"),
-    (4, "ASAM", TForTSquared, "w = 3, gradient 2"),
-    (4, "ASAM", NoReturn, "from w = 3"),
-    (4, "ASAM", InexactReturn, "exactly"),
-    (4, "ASAM", NormPerParameter, "two tensors"),
-    (4, "ASAM", SignedT, "w = (-1, 2)"),
-    (4, "ASAM", GradientKept, "gradient of the first pass"),
-    (5, "training_step", other_masks, "dropout masks"),
-    (5, "training_step", descent_of_disam, "disam: it climbs"),
-    (6, "largest_hessian_eigenvalue", power_iteration, "-5.2"),
+    return values
+def largest_hessian_eigenvalue(loss_fn, parameters, seed=0):
+    losses = loss_fn if isinstance(loss_fn, list) else [loss_fn]
+    loss = sum(f() for f in losses) / len(losses)
+    g = torch.cat([x.flatten() for x in torch.autograd.grad(loss, parameters, create_graph=True)])
+    rows = [torch.autograd.grad(x, parameters, retain_graph=True) for x in g]
+    H = torch.stack([torch.cat([x.flatten() for x in row]) for row in rows])
+    return torch.linalg.eigvalsh(H).max()
+"""
+MISTAKES = [  # exercise, what in TEXTBOOK, becomes what, and the grader says
+    (1, "(1 - c).mean()", "(1 - c).sum()", "1 layers: expected 0.4, got 1.2"),
+    (1, "zip(layers, projections)", "[(layers[-1], projections[-1])]", "2 layers"),
+    (1, "E @ W, teacher", "E @ W.detach(), teacher", "gradient is wrong"),
+    (2, "F.cosine_similarity(E[:, None], E[None], dim=-1)", "E @ E.T", "relation matrix of"),
+    (2, " / len(R[0]) ** 2", " / len(R[0]) / (len(R[0]) - 1)", "six of nine cosines"),
+    (2, "r.detach() if detach_guide else r", "r", "detach_guide: layers 1-3"),
+    (3, " / temperature", "", "at τ = 0.5"),
+    (3, "cosines.logsumexp(1)", "cosines.exp().sum(1).log()", "τ = 0.001"),
+    (3, "(cosines.l", "((cosines - torch.diag(torch.full((len(z),), math.inf))).l", "cosines 1"),
+    (4, "T[p] ** 2 *", "T[p] *", "ρ = 0.3: w̃"),
+    (4, "(norm + 1e-12)", "((T[p] * p.grad).norm() + 1e-12)", "ρ = 0.3: w̃"),
+    (4, "w.abs() + self.eta", "w + self.eta", "η = 1: w̃"),
+    (4, "else 1.0", "else 1.0 + self.eta", "adaptive=False"),
+    (4, "(norm + 1e-12)", "norm", "a gradient of 0"),
+    (4, "p.data.copy_(w)", "pass", "the step with gradients"),
+    (4, "p.data.copy_(w)", "p.data -= p.data - w", "w must come back exactly"),
+    (4, "self.optimizer.zero_grad(set_to_none=False)  # a", "pass", "after ascent_step"),
+    (4, "self.optimizer.zero_grad(set_to_none=False)  # d", "pass", "after descent_step"),
+    (4, "self.optimizer.step()", "for p in self.w: p.data -= 0.1 * p.grad", "momentum"),
+    (5, "torch.set_rng_state(state)", "pass", "the second pass must draw the first's"),
+    (5, '*[domains][: s.optimizer == "disam"]', "", "disam, from w = 1.0: its steps"),
+    (5, "above.item() - values", "above.item() - 2 * values", "from w = 1.0: sharpness_gap"),
+    (5, "term.item()", "term", "still holds its graph"),
+    (6, "eigvalsh(H).max()", "eigvalsh(H).abs().max()", "diag(5, -5.2, 1, 1)"),
+    (6, " / len(losses)\n    g", "\n    g", "a list of two losses"),
 ]
 
 
-@pytest.mark.parametrize(
-    "number, name, wrong, told", MISTAKES, ids=[row[2].__name__ for row in MISTAKES]
-)
-def test_a_mistake_loses_its_exercise_and_no_other(number, name, wrong, told):
+def judged(number, source):
+    """(whether an exercise is right, a line on it) with what the source defines in talas.py."""
+    own = vars(talas) | {"math": math}
+    exec(source, own)
+    return grade.judge(number, SimpleNamespace(**own))
+
+
+@pytest.mark.parametrize("number", checks.EXERCISES)
+def test_ours_and_another_right_solution_have_all_points(number):
+    assert judged(number, "") == judged(number, TEXTBOOK) == (True, "right")
+
+
+@pytest.mark.parametrize("number, old, new, told", MISTAKES)
+def test_a_mistake_loses_its_exercise(number, old, new, told):
     """The line that says what is wrong points at it."""
-    lines = judged(**{name: wrong})
-    assert list(lines) == [number]
-    assert told in lines[number] and "\n" not in lines[number]
+    blocks = re.split(r"\n(?=def |class )", TEXTBOOK)
+    [mistaken] = [block.replace(old, new) for block in blocks if old in block]
+    right, line = judged(number, mistaken)
+    assert not right and told in line and "\n" not in line
