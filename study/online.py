@@ -276,7 +276,7 @@ def emo_loss(W, student, teacher, s):
         student["last"], teacher["last"] @ W["P"], teacher["mask"]
     )  # (N, n_S, n_T)
     plan = sinkhorn(cost, teacher["mass"], teacher["importance"], 0.1, 100)
-    return 0.05 * relations + 0.5 * (plan * cost).sum((1, 2)).mean()
+    return (0.05 * relations + 0.5 * (plan * cost).sum((1, 2)).mean()).float()
 
 
 def new_matrices(method, student, d_T):

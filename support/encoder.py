@@ -219,11 +219,17 @@ def save_encoder(folder, encoder):
     write_json(folder / "sentence_bert_config.json", about)
     write_json(folder / "config_sentence_transformers.json", {"prompts": {}})
     probes = [text.lower() if encoder.lower else text for text in PROBES]
+    read = library(probes, truncation=True, max_length=limit)
     encoder.tokenizer.enable_truncation(limit)
-    ours = [row.ids for row in encoder.tokenizer.encode_batch(probes)]
-    if library(probes, truncation=True, max_length=limit)["input_ids"] != ours:
+    rows = encoder.tokenizer.encode_batch(probes)
+    if [row.ids for row in rows] != read["input_ids"]:
         what = "transformers reads other tokens from the student's files than tokenizer.json has"
         fail(f'{what}; try "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json')
+    types = [row.type_ids for row in rows] if takes(encoder.model, "token_type_ids") else [[]]
+    if any(map(any, types)) and types != read.get("token_type_ids"):
+        fail(
+            "transformers reads no token_type_ids; give model_input_names in tokenizer_config.json"
+        )
 
 
 def rehearse(student, corpus, two_views):

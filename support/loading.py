@@ -106,7 +106,7 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
     pooling = settle_pooling(name, model.config, pooling, declared)
     limit = limit if limit is not None else about.get("model_max_length") or max_length
     limit = find_limit(name, model, tokenizer, about, min(max_length, limit))
-    word = torch.zeros(1, 2, dtype=torch.long, device=device)  # to see the layers' widths
+    word = torch.zeros(1, 8, dtype=torch.long, device=device)  # to see the layers' widths
     with torch.inference_mode():
         layers = model(input_ids=word, output_hidden_states=True).hidden_states[1:]
     widths = tuple(h.shape[-1] for h in layers)

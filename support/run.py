@@ -63,12 +63,12 @@ def processes():
 
 
 @contextmanager
-def started(s):
+def started(s, also_0=()):
     """A run that was checked, with its processes connected; Ctrl-C ends it in one line.
 
     With torchrun the first process alone speaks and writes.
     """
-    check_settings(s)
+    check_settings(s, also_0)
     with interruptible("--resume goes on from the last whole epoch"):
         if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             device = pick_device(s.device)

@@ -103,8 +103,8 @@ def test_the_mean_square_of_unit_vectors_is_a_cosine():
 def models(tmp_path_factory):
     """A student of 3 layers and a teacher of 5, whose tokenizer splits garden into gar, ##den."""
     folder = tmp_path_factory.mktemp("models")
-    student = small_bert(folder / "student")
-    teacher = small_bert(folder / "teacher", seed=1, num_hidden_layers=5, hidden_size=48)
+    student = small_bert(folder / "student", initializer_range=1.0)
+    teacher = small_bert(folder / "teacher", seed=1, num_hidden_layers=5, hidden_size=48, initializer_range=1.0)
     text = (teacher / "tokenizer.json").read_text().replace('"garden"', '"gardens"')
     (teacher / "tokenizer.json").write_text(text)
     return ["--student", str(student), "--teacher", str(teacher), "--device", "cpu"]

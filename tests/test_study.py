@@ -164,7 +164,8 @@ def test_what_a_training_left(tmp_path):
     lines = [{"step": x, "loss": 1, "tamd": x / 10, "lasd": 0.12345678} for x in (44, 50, 90, 100)]
     lines += [{"end_of_epoch": 1, "step": 110}, {"end_of_epoch": 2, "step": 220, "lambda_max": 7.5}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    settings = {"student": str(tmp_path), "output": "x", "device": "cpu", "teacher": "a/b", "lr": 1}
+    settings = {"student": str(tmp_path), "teacher": "a/b", "lr": 1}
+    settings |= {"output": "x", "device": "cpu", "sharpness": True}
     cost = {"ms_per_step": 3.0, "peak_mb": 9}
     about = {"settings": settings, "teacher": "/x/y.npy", "cost": cost}
     (tmp_path / "talas.json").write_text(json.dumps(about))
