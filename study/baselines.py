@@ -25,6 +25,9 @@ from support import run as runs
 from support.encoder import Corpus, rehearse
 
 
+MAY_BE_0 = ("group_p", "margin", "cosine_weight", "similarity_weight", "relative_weight")
+
+
 @dataclass(frozen=True)
 class Settings(talas.Settings):
     """Those of talas.py but for TALAS's own, and each method's, which the others do not read."""
@@ -39,7 +42,7 @@ class Settings(talas.Settings):
     temperature: float = HfArg(default=0.05, help="distillcse's, of SimCSE")
     student_temperature: float = HfArg(default=0.025, help="distillcse's, of the student's softmax")
     teacher_temperature: float = HfArg(default=0.0125, help="distillcse's, of the teacher's")
-    group_p: float = HfArg(default=0.1, help="distillcse's groups; at 0.001 each is a group")
+    group_p: float = HfArg(default=0.1, help="distillcse's groups; 0: no shuffling")
     optimizer: Literal["asam", "sam", "adamw"] = HfArg(default="adamw", help="Eqs. 2-9")
     lambda1: float = field(default=0.0, init=False)  # TALAS's alone, no flags here;
     lambda2: float = field(default=1.0, init=False)  # so set, talas.py reads targets, makes one W
@@ -102,7 +105,8 @@ def distribution_loss(z, teacher, s, shuffled):
     """
     others = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
     student, target = (talas.relation_matrix(x)[others].view(len(z), -1) for x in (z, teacher))
-    target = group_p_shuffle(target, s.group_p) if shuffled else target  # (N, N - 1)
+    if shuffled and s.group_p:
+        target = group_p_shuffle(target, s.group_p)
     target = (target / s.teacher_temperature).softmax(-1)
     return F.cross_entropy(student / s.student_temperature, target)
 
@@ -142,7 +146,7 @@ def run(s, kind, after_epoch=lambda objective, epoch: None):
     """From the cache to the student as in talas.main, with an objective of that kind."""
     if s.batch_size < 3 and kind is Baseline and s.method != "distill":
         fail(f"--batch_size {s.batch_size}: {s.method} compares sentences; take 3 or more")
-    with runs.started(s):
+    with runs.started(s, MAY_BE_0):
         cache = load_cache(s.teacher, needed=s.lambda2 > 0)
         torch.manual_seed(s.seed)
         student = talas.load_student(s, cache["sentences"])
