@@ -24,7 +24,6 @@ from support import fail, interruptible
 from support import run as runs
 from support.encoder import Corpus, rehearse
 
-
 MAY_BE_0 = ("group_p", "margin", "cosine_weight", "similarity_weight", "relative_weight")
 
 
