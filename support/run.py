@@ -281,6 +281,16 @@ def cost(folder):
     return speed | memory | {"std_mb": statistics.pstdev(sizes)}
 
 
+def write_card(path, s, about):
+    """A model card, as the Hub shows it; the base model is named where it has a name there."""
+    on_hub = s.student != "tiny" and not Path(s.student).exists()
+    facts = json.dumps({"settings": asdict(s), "cost": about["cost"]}, indent=2)
+    names = {"name": Path(s.output).name, "student": s.student, "teacher": about["teacher"]}
+    names["base_model"] = f"base_model: {s.student}\n" if on_hub else ""
+    card = Path(__file__).with_name("card.md").read_text("utf-8").format(facts=facts, **names)
+    path.write_text(card, encoding="utf-8")
+
+
 def finish(s, cache, write):
     """Let `write(folder)` write the result; add talas.json; move all into the output, whole."""
     out, draft, costs = Path(s.output), Path(s.output, ".saving"), cost(s.output)
@@ -292,6 +302,8 @@ def finish(s, cache, write):
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         about = {"teacher": cache["teacher"], "corpus": cache["fingerprint"], "cost": costs}
         write_json(draft / "talas.json", {"settings": asdict(s), **about, "versions": versions})
+        if not (out / "README.md").exists():
+            write_card(draft / "README.md", s, about)
         for path in sorted(path for path in draft.rglob("*") if path.is_file()):
             (out / path.relative_to(draft)).parent.mkdir(exist_ok=True)
             os.replace(path, out / path.relative_to(draft))  # each of them whole
