@@ -7,8 +7,8 @@ batch brings a dict: the states of a frozen teacher's tokens, and which of them 
 the student's (n_S, n_T in the longest sentence). The choices, with reasons: study/README.md.
 """
 
+import argparse
 import sys
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -136,11 +136,11 @@ def emo_targets(attention, pairs, links, mask, student_mask):
     the student's, made to sum to 1. rows: N of (student's, teacher's), positions of the pairs' most
     important third, three at least; () where there are fewer.
     """
-    received = (attention * mask[:, :, None]).sum(1)  # nothing from padding
-    importance, rows = received.masked_fill(mask == 0, -torch.inf).softmax(-1), []
+    received, rows = (attention * mask[:, :, None]).sum(1), []  # nothing from padding
+    importance = received.masked_fill(mask == 0, -torch.inf).softmax(-1)
     least = importance.masked_fill(mask == 0, torch.inf).amin(1)[:, None]  # for what has no link
-    mass = (links @ importance[:, :, None]).squeeze(-1) + (1 - links.sum(-1)) * least
-    mass = mass * student_mask
+    linked = (links @ importance[:, :, None]).squeeze(-1)
+    mass = (linked + (1 - links.sum(-1)) * least) * student_mask
     for some, weight in zip(pairs, importance.tolist()):
         first = sorted(some, key=lambda pair: -weight[pair[1]])[: max(3, len(some) // 3)]
         rows.append([list(side) for side in zip(*first)] if len(first) > 2 else ())
@@ -154,7 +154,8 @@ class OnlineCorpus(Corpus):
         super().__init__(cache, student)
         self.teacher, self.s = teacher, s
         self.teacher_tokens = tokenize(teacher, cache["sentences"])
-        self.matches = [self.match(sentence) for sentence in cache["sentences"]]
+        made = map(self.match, cache["sentences"])
+        self.matches = [[np.array(pairs, np.int16) for pairs in both] for both in made]
 
     def identity(self):
         """A hash of what is learnt from, and of who learns and teaches."""
@@ -162,28 +163,26 @@ class OnlineCorpus(Corpus):
         return digest(*own, *self.teacher.model.state_dict().values())
 
     def match(self, sentence):
-        """(links, mutual), (p, 2) each: tokens of student and teacher that belong together.
+        """(links, mutual), lists of (student token, teacher token): positions.
 
         links: for cdm the path; for dskd each word with each; for emo each student token with the
         last teacher token that has it nearest. mutual, emo's: both have each other nearest.
         """
-        sides, emo = (self.student, self.teacher), self.s.method == "emo"
+        sides, method = (self.student, self.teacher), self.s.method
+        own, its = (words_of(side, sentence, ends=method == "emo") for side in sides)
         if not all(words_of(side, sentence) for side in sides):
             fail(f"a tokenizer finds no word in the sentence {sentence[:60]!r}; leave it out")
-        own, its = (words_of(side, sentence, ends=emo) for side in sides)
-        s, t, mutual = list(own), list(its), []
-        pairs = [(i, j) for i in s for j in t]
-        if self.s.method != "dskd":
-            cost = edit_distances(list(its.values()), list(own.values()))  # (teacher, student)
-        if self.s.method == "cdm":
-            pairs = [(s[j], t[i]) for i, j in warp(cost)]
-        if emo:  # of equally near ones that whose place is the likest
-            apart = np.linspace(0, 1, len(t))[:, None] - np.linspace(0, 1, len(s))
-            cost = cost + np.abs(apart) / 2
-            near = list(enumerate(cost.argmin(1)))
-            pairs = list({s[j]: t[i] for i, j in near}.items())
-            mutual = [(s[j], t[i]) for i, j in near if cost[:, j].argmin() == i]
-        return np.array(pairs, np.int16), np.array(mutual, np.int16)
+        s, t = list(own), list(its)
+        if method == "dskd":
+            return [(i, j) for i in s for j in t], []
+        cost = edit_distances(list(its.values()), list(own.values()))  # (teacher, student)
+        if method == "cdm":
+            return [(s[j], t[i]) for i, j in warp(cost)], []
+        apart = np.linspace(0, 1, len(t))[:, None] - np.linspace(0, 1, len(s))
+        cost = cost + np.abs(apart) / 2  # of equally near ones that whose place is the likest
+        near = list(enumerate(cost.argmin(1)))
+        mutual = [(s[j], t[i]) for i, j in near if cost[:, j].argmin() == i]
+        return list({s[j]: t[i] for i, j in near}.items()), mutual
 
     @torch.no_grad()
     def batch(self, rows):
@@ -246,9 +245,8 @@ def sinkhorn(cost, a, b, epsilon, iterations):
 
 def cdm_loss(W, student, teacher, s):
     """Contextual dynamic mapping: 50 x the words' mean square + that of the sentence vectors."""
-    links, e_T = teacher["links"], teacher["sentence"]
-    aligned = links / links.sum(-1, keepdim=True).clamp(min=1) @ teacher["last"]  # (N, n_S, d_T)
-    words = links.any(-1)
+    words, e_T = teacher["links"].any(-1), teacher["sentence"]
+    aligned = teacher["links"] @ teacher["last"]  # (N, n_S, d_T): sums, as unit vectors the means
     tokens = unit_mse(student["last"][words] @ W["P"], aligned[words], s.mse)
     return 50 * tokens + unit_mse(student["sentence"] @ W["P"], e_T, s.mse)
 
@@ -272,9 +270,7 @@ def emo_loss(W, student, teacher, s):
     """EMO: 0.05 x the sum of 1 - CKA of attention rows + half the mean cost of transport."""
     both = zip(student["map"], teacher["map"], teacher["rows"])
     relations = sum(cka_loss(X[rows[0]], Y[rows[1]]) for X, Y, rows in both if rows)
-    cost = 1 - attention(
-        student["last"], teacher["last"] @ W["P"], teacher["mask"]
-    )  # (N, n_S, n_T)
+    cost = 1 - attention(student["last"], teacher["last"] @ W["P"], teacher["mask"])
     plan = sinkhorn(cost, teacher["mass"], teacher["importance"], 0.1, 100)
     return (0.05 * relations + 0.5 * (plan * cost).sum((1, 2)).mean()).float()
 
@@ -312,9 +308,11 @@ class Online(talas.Objective):
 # ------------------------------------------------------------------------------------ command line
 def parse_settings(argv):
     """Settings from the command line; the defaults are the method's own."""
-    with redirect_stdout(None):
-        method = talas.parse_settings(argv, Settings).method
-    return talas.parse_settings(argv, Settings, **OWN[method])
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.error = fail
+    first.add_argument("--method", default="cdm")
+    method = first.parse_known_args(argv)[0].method
+    return talas.parse_settings(argv, Settings, **OWN.get(method, {}))
 
 
 def prepare(s, cache):

@@ -1,46 +1,66 @@
-"""The plots of results.json: PAIR-terms.svg, of T and STL, and PAIR-scores.svg; by matplotlib."""
+"""Plots, by matplotlib==3.11.2: of results.json (report.py --plots), or of runs' own metrics.jsonl.
 
+python study/plots.py student [another ...] --output run.png    # or .svg
+"""
+
+import argparse
 import statistics
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from study.results import AVERAGES, NAMES, ROWS, UNTRAINED, pairs, runs, scores
+from support import attempt, fail
+from support.run import read_metrics
 
 GREY = "#7d8590"  # of letters and lines: readable on white and on black
 COLOURS = ["#4a90d9", "#d9603b", "#3a9d5d", "#9a6dd7", "#e0b050", "#b8405e", "#4ab5b5"]
 TERMS = {"simcse": "SimCSE", "tamd": "TAMD", "lasd": "LASD"}
-SHOWN = ("before", "T", "STL", "STLA", "distill", "stella", "distillcse", "teacher")
+SHOWN = ("T", "STL", "STLA", "distill", "stella", "distillcse", "teacher")
+CURVES = TERMS | {"lr": "learning rate", "sharpness_gap": "L(w̃) − L(w)", "lambda_max": "λ_max"}
 
 
-def colour_of(row):
-    """The same in every plot."""
+def colour_of(row, names=()):
+    """The same in every plot of results.json; of other names, a colour each."""
     main = ["T", "STLA", "STL", "distill", "stella", "distillcse", "distill-mse"]
-    others = [name for name in ROWS if name not in main]
-    return GREY if row in UNTRAINED else COLOURS[(main + others).index(row) % len(COLOURS)]
+    order = [*main, *(name for name in ROWS if name not in main)] if row in ROWS else list(names)
+    return GREY if row in UNTRAINED else COLOURS[order.index(row) % len(COLOURS)]
 
 
 def draw(path, panels, **style):
-    """An SVG of panels side by side: {title: {row: {x: y}}}, a line or marks a row."""
+    """A picture of panels side by side: {title: {row: {x: y}}}, a line or marks a row."""
+    if not find_spec("matplotlib"):
+        fail("the plots need matplotlib: pip install matplotlib==3.11.2")
     import matplotlib
 
-    matplotlib.use("svg")
+    matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     plt.rcParams |= dict.fromkeys(inked, GREY) | {"font.size": 9, "svg.fonttype": "none"}
     plt.rcParams |= {"svg.hashsalt": "talas", "font.family": "sans-serif"}
-    how = {"figsize": (9, 3.2), "layout": "constrained", "squeeze": False}
+    how = {"figsize": (max(9, 3 * len(panels)), 3.2), "layout": "constrained", "squeeze": False}
     picture, axes = plt.subplots(1, len(panels), **how)
+    names = dict.fromkeys(row for rows in panels.values() for row in rows)
     for axis, (title, rows) in zip(axes[0], panels.items()):
         if "marker" in style:  # a thin line through the marks of a column
             columns = list(zip(*(points.values() for points in rows.values())))
             ends = list(map(min, columns)), list(map(max, columns))
             axis.vlines(list(next(iter(rows.values()))), *ends, color=GREY, lw=0.5)
         for row, points in rows.items():
-            axis.plot(*zip(*points.items()), color=colour_of(row), label=row, **style)
+            axis.plot(*zip(*points.items()), color=colour_of(row, names), label=row, **style)
         axis.set(title=title, xlabel="" if "marker" in style else "step")
         axis.patch.set_alpha(0)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, labelcolor=GREY, loc="center left", bbox_to_anchor=(1, 0.5))
-    picture.savefig(path, transparent=True, metadata={"Date": None})
+    fullest = max(axes[0], key=lambda axis: len(axis.lines))
+    picture.legend(
+        handles=fullest.lines, loc="outside right center", frameon=False, labelcolor=GREY
+    )
+    svg = {"metadata": {"Date": None}} if str(path).endswith(".svg") else {}
+    with attempt(f"write {path}"):
+        picture.savefig(path, transparent=True, **svg)
     plt.close(picture)
 
 
@@ -62,5 +82,29 @@ def draw_all(results, folder):
             terms |= {name: {row: dict(zip(h["step"], h[key])) for row, h in some.items()}}
         if terms := {name: some for name, some in terms.items() if some}:
             draw(folder / f"{pair}-terms.svg", terms)
-        if means := {row: mean_scores(results, pair, row) for row in SHOWN if row in first}:
-            draw(folder / f"{pair}-scores.svg", {"": means}, marker="o", linestyle="")
+        means = {row: mean_scores(results, pair, row) for row in SHOWN if row in first}
+        if "before" in first and means:
+            start = mean_scores(results, pair, "before")
+            gains = {row: {k: own[k] - start[k] for k in own} for row, own in means.items()}
+            panel = {"gain over the untrained student": gains}
+            draw(folder / f"{pair}-scores.svg", panel, marker="o", linestyle="", alpha=0.8)
+
+
+def main(argv=None):
+    """The command line: what runs left in metrics.jsonl, a panel a curve, a line a run."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    flag, parser.error = parser.add_argument, fail
+    flag("runs", nargs="+", help="the folders that talas.py wrote")
+    flag("--output", default="run.svg", help="a picture, .svg or .png")
+    args, panels = parser.parse_args(argv), {}
+    for folder in args.runs:
+        if not (lines := read_metrics(folder)):
+            fail(f"{folder} has no metrics.jsonl")
+        for key, title in CURVES.items():
+            if points := {line["step"]: line[key] for line in lines if line.get(key) is not None}:
+                panels.setdefault(title, {})[Path(folder).name] = points
+    draw(args.output, panels)
+
+
+if __name__ == "__main__":
+    main()
