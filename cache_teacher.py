@@ -138,7 +138,7 @@ def parse_args(argv):
     flag("--max_length", type=positive, default=256, help="tokens; longer sentences are cut")
     flag("--dtype", default="float32", choices=DTYPES, help="of the weights; float16: stored so")
     flag("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
-    flag("--seed", type=int, default=42, help="of the paper corpus's sample")
+    flag("--seed", type=positive, default=42, help="of the paper corpus's sample")
     args = parser.parse_args(argv)
     check_output("--output", args.output, teacher=args.teacher, corpus=args.corpus)
     return args

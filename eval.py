@@ -118,11 +118,13 @@ def read_split(data, folder, task, split):
     if (folder / task / f"{split}.jsonl").exists() or not (folder / task / f"{split}.csv").exists():
         return read_table(folder / task / f"{split}.jsonl")
     rows = read_table(folder / task / f"{split}.csv")
-    for column in {"label", "score"} & rows[0].keys() if rows else ():
-        with suppress(ValueError, OverflowError):  # text labels stay text
-            numbers = [float(row[column]) for row in rows]
-            for row, number in zip(rows, numbers):
-                row[column] = int(number) if number == int(number) else number
+    for row in rows:
+        with suppress(KeyError, ValueError):
+            row["score"] = float(row["score"])
+    with suppress(KeyError, ValueError):  # labels are all numbers, or all text
+        labels = [float(row["label"]) for row in rows]
+        for row, label in zip(rows, labels):
+            row["label"] = int(label) if label.is_integer() else label
     return rows
 
 

@@ -221,15 +221,12 @@ def save_encoder(folder, encoder):
     probes = [text.lower() if encoder.lower else text for text in PROBES]
     read = library(probes, truncation=True, max_length=limit)
     encoder.tokenizer.enable_truncation(limit)
-    rows = encoder.tokenizer.encode_batch(probes)
-    if [row.ids for row in rows] != read["input_ids"]:
-        what = "transformers reads other tokens from the student's files than tokenizer.json has"
-        fail(f'{what}; try "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json')
-    types = [row.type_ids for row in rows] if takes(encoder.model, "token_type_ids") else [[]]
-    if any(map(any, types)) and types != read.get("token_type_ids"):
-        fail(
-            "transformers reads no token_type_ids; give model_input_names in tokenizer_config.json"
-        )
+    for i, row in enumerate(encoder.tokenizer.encode_batch(probes)):
+        types = read.get("token_type_ids", {i: [0] * len(row.ids)})[i]
+        if (read["input_ids"][i], types) != (row.ids, row.type_ids):
+            what = "transformers reads other input_ids or token_type_ids than the student's; try"
+            right = '"tokenizer_class": "PreTrainedTokenizerFast", or to name "model_input_names",'
+            fail(f"{what} {right} in its tokenizer_config.json")
 
 
 def rehearse(student, corpus, two_views):
@@ -237,7 +234,7 @@ def rehearse(student, corpus, two_views):
 
     Says so where dropout does nothing to the two views that SimCSE compares.
     """
-    config, tokens = student.model.config.to_dict(), corpus.batch(torch.arange(2))[0]
+    config, tokens = student.model.config.to_dict(), corpus.batch(torch.arange(len(corpus))[:2])[0]
     if drops := [key for key, value in config.items() if "layerdrop" in key and value]:
         fail(f"the student leaves out layers in training; set {drops[0]} to 0 in its config.json")
     with torch.random.fork_rng(), torch.no_grad(), tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ import shutil
 import statistics
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -85,6 +85,9 @@ def started(s, also_0=()):
             if processes() == 1 or "onnection" not in str(error):
                 raise
             fail("another of torchrun's processes has ended; its own line says why")
+        finally:
+            with suppress(OSError):  # a run that wrote nothing leaves no folder
+                Path(s.output).rmdir()
         if distributed.is_initialized():  # not after an error: it would wait for the others
             distributed.destroy_process_group()
 

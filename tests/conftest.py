@@ -39,12 +39,7 @@ SENTENCES = [  # 48, of five lengths
     for i, (who, does, what, where) in enumerate(product(*map(str.split, WORDS)))
 ]
 SOURCES = ["a", "b", "a"] * 16  # two domains, unlike in size
-
-
-@pytest.fixture
-def sentences():
-    """48 distinct sentences of five lengths."""
-    return list(SENTENCES)
+sentences = pytest.fixture(lambda: list(SENTENCES), name="sentences")
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def by_hand(bert):
 def test_scores_and_averages_equal_an_independent_path(kind, folder, bert, capsys):
     with batches() as sizes:
         scores = run("bert", "--data", kind, "--pooling", "mean", "--batch_size", 16)["bert"]
-    assert sum(sizes) == 48  # each distinct sentence once
+    assert sum(sizes) == 48 and max(sizes) == 16  # each distinct sentence once
     expected = by_hand(bert)
     expected["avg_in"] = (expected["emotion"] + expected["stsb"]) / 2
     expected["avg_out"] = (expected["a-task"] + expected["mrpc"]) / 2
@@ -130,8 +130,10 @@ def test_tasks_json_names_the_in_domain_tasks_and_no_task_has_no_mean(folder, be
     scores = run("bert", "--data", "jsonl", "--tasks", "stsb,a-task")["bert"]
     assert scores["avg_in"] is None and " – | " in capsys.readouterr().out
     assert scores["avg"] == scores["avg_out"] == (scores["stsb"] + scores["a-task"]) / 2
-    run("bert", "--data", "jsonl")
-    header = next(x for x in capsys.readouterr().out.splitlines() if "| model" in x).split()
+    run("bert", "--data", "jsonl", "--max_length", 5)
+    out = capsys.readouterr().out
+    assert "48 of 48 sentences are cut after 5 tokens" in out
+    header = next(line for line in out.splitlines() if "| model" in line).split()
     assert header[1:9:2] == ["model", "emotion", "mrpc*", "stsb"]
 
 

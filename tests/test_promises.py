@@ -27,6 +27,7 @@ SCRIPTS = {  # and the flags of each, which a row of the table may override
 ROWS = np.random.default_rng(0).normal(size=(48, 4))
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 PAIR, OTHER = {"sentence1": "a", "sentence2": "b"}, {"sentence1": "c", "sentence2": "d"}
+SELF = [dict.fromkeys(PAIR, text) | {"score": len(text)} for text in SENTENCES]
 TEXTS = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
 a_model, array = partial(shutil.copytree, "bert"), partial(partial, np.save)
 TASK, TRAIN = "data/mine/test.jsonl", "data/mine/train.jsonl"
@@ -61,9 +62,7 @@ MISTAKES = [  # a script and its flags, words of the answer between "|", files t
     ("cache --corpus c.txt", "c.txt|save it as UTF-8", ("c.txt", "a dog".encode("utf-16"))),
     ("cache --corpus c.csv", "save it as UTF-8", ("c.csv", "text\ncafé\n".encode("latin-1"))),
     ("cache --corpus c.jsonl", "save it as UTF-8, not packed", ("c.jsonl", b"\x1f\x8b\x08\x00")),
-    ("cache --corpus c.txt", "lsa|different words", ("c.txt", "dog\ndog\n")),
     ("cache --corpus paper", "./paper", ("paper", a_model)),
-    ("cache --teacher no/such-model", "no/such-model|no such folder"),
     ("cache --teacher e.npz", "e.npz|.npy and .pt", ("e.npz", b"PK")),
     ("cache --teacher e.NPY", "e.NPY|.npy and .pt", ("e.NPY", b"PK")),
     ("cache --teacher e.npy", "e.npy has 47 rows|48 sentences", ("e.npy", array(arr=ROWS[1:]))),
@@ -99,6 +98,7 @@ MISTAKES = [  # a script and its flags, words of the answer between "|", files t
     ("eval bert", "mine|sentence1,sentence2,label|labels", (TASK, [PAIR | {"labels": 1}])),
     ("eval bert", "0 or 1|2", (TASK, [PAIR | {"label": 1}, OTHER | {"label": 2}])),
     ("eval bert", "same score", (TASK, [PAIR | {"score": 2}, OTHER | {"score": 2}])),
+    ("eval bert", "same cosine", (TASK, SELF)),
     ("eval bert", "train.jsonl|No such file", (TASK, TEXTS)),
     ("eval bert", "mine|train lacks: [1]", (TASK, TEXTS), (TRAIN, [TEXTS[0], TEXTS[0]])),
     ("eval bert", "some labels are numbers", (TASK, TEXTS), (TRAIN, [{"text": "c", "label": "1"}])),

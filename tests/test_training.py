@@ -244,17 +244,18 @@ def test_algorithm1_an_epoch_has_an_order_of_its_own_and_leaves_out_what_is_inco
     assert str(talas.batches(53, Settings(batch_size=8, seed=41), 0)) in orders
 
 
-def test_algorithm1_dropout_has_a_stream_of_its_own_for_each_seed_epoch_and_step(copy, monkeypatch):
-    seen, step = [], talas.training_step
+def test_algorithm1_seed_epoch_and_step_have_dropout_of_their_own_and_the_seed_w(copy, monkeypatch):
+    seen, starts, step = [], [], talas.training_step
 
-    def watched(*args):
+    def watched(objective, *rest):
         seen.append(torch.get_rng_state().numpy().tobytes())
-        return step(*args)
+        starts.append(objective.projections[0].sum().item())
+        return step(objective, *rest)
 
     monkeypatch.setattr(talas, "training_step", watched)
-    run(*copy, "--epochs 2 --seed 42 --output 42")
-    run(*copy, "--epochs 2 --seed 43 --output 43")
-    assert len(set(seen)) == len(seen) == 12
+    for seed in (42, 43):
+        run(*copy, f"--epochs 2 --seed {seed} --output {seed}")
+    assert len(set(seen)) == len(seen) == 12 and starts[0] != starts[6]
 
 
 # --------------------------------------------------------- every setting reaches what it sets
@@ -266,26 +267,29 @@ def test_a_setting_that_the_plain_runs_do_not_have_changes_the_run(copy, flags):
     assert result("out") != result("whole")
 
 
-def test_a_run_can_be_repeated_and_measuring_leaves_no_trace(copy):
+def test_a_run_can_be_repeated_and_measuring_leaves_no_trace(copy, monkeypatch):
     small_bert("small", num_hidden_layers=1, hidden_size=16, intermediate_size=16)
-    flags = [*copy, "--student small --lambda3 0 --anchored_layers 1 --epochs 2 --output"]
+    flags = [
+        *copy,
+        "--student small --lambda3 0 --anchored_layers 1 --epochs 2 --batch_size 8 --output",
+    ]
     run(*flags, "1")
-    torch.rand(7)  # nothing hangs on what was drawn before
+    torch.rand(7)  # nothing hangs on what was drawn before, or on what is done after an epoch
+    train, seen = talas.train, []
+    more = lambda *given: train(*given, lambda epoch: (seen.append(epoch), given[2].eval()))  # noqa: E731
+    monkeypatch.setattr(talas, "train", more)
     run(*flags, "2", "--seed 42 --sharpness")
-    assert result("1") == result("2")
+    assert result("1") == result("2") and seen == [1, 2]
     assert ["lambda_max" in line for line in metrics("1")[1] + metrics("2")[1]] == [0, 0, 1, 1]
 
 
-def test_the_paper_is_the_default():
+def test_the_paper_is_the_default_but_for_tiny(capsys):
     s = Settings()
     assert (s.lambda1, s.lambda2, s.lambda3, s.anchored_layers) == (0.001, 0.75, 1, 2)
     assert (s.lr, s.batch_size, s.epochs, s.optimizer) == (2e-5, 32, 5, "asam")
     assert (s.temperature, s.rho, s.eta, s.weight_decay) == (0.1, 0.05, 0, 0.01)
     assert (s.warmup_ratio, s.projection_lr_scale, s.precision) == (0.06, 5, "float32")
     assert (s.lasd_layers, s.detach_guide, s.pooling, s.max_length) == (0, False, "auto", 256)
-
-
-def test_tiny_brings_its_own_defaults_and_the_command_line_wins(capsys):
     s = talas.parse_settings(["--epochs", "7"])
     assert (s.student, s.epochs, s.lr) == ("tiny", 7, tiny.SETTINGS["lr"])
     assert f"--lr {tiny.SETTINGS['lr']}" in capsys.readouterr().out
@@ -324,7 +328,8 @@ def test_a_run_leaves_the_student_its_projections_and_its_record(copy):
     assert (step["memory_mb"] > 50) == Path("/proc/self/statm").exists()
     left = {path.name for path in out.iterdir()} - {path.name for path in Path("bert").iterdir()}
     own = {"projections.pt", "talas.json", "metrics.jsonl", "modules.json", "1_Pooling"}
-    assert left == own | {"sentence_bert_config.json", "config_sentence_transformers.json"}
+    own |= {"sentence_bert_config.json", "config_sentence_transformers.json", "README.md"}
+    assert left == own and '"lr": 0.001' in (out / "README.md").read_text()  # a model card
 
 
 @pytest.mark.parametrize(
@@ -344,26 +349,22 @@ def test_table2_a_term_of_weight_0_is_left_out_of_the_run(copy, corpus, weights,
     assert record["corpus"] == fingerprint(SENTENCES)
 
 
-def embeddings(folder):
-    """As this program has them and, by its ids alone, as transformers has them."""
-    encoder = load_encoder(folder)
-    ids = AutoTokenizer.from_pretrained(folder)(SENTENCES)["input_ids"]
-    return encode(encoder, tokenize(encoder, SENTENCES), 16).tolist(), ids
-
-
 def test_overwrite_leaves_nothing_that_changes_embeddings(copy, ends_with_one_line):
     out, flags = small_bert(Path("out"), num_hidden_layers=2), [*copy, "--output out"]
     (out / "1_Pooling").mkdir()
     (out / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    for name in ("special_tokens_map.json", "adapter_config.json", "mine.md"):
+    for name in ("special_tokens_map.json", "adapter_config.json", "mine.txt"):
         (out / name).write_text('{"cls_token": "[SEP]"}')
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     ends_with_one_line(lambda: run(*flags), "exists", "--overwrite")
     ends_with_one_line(lambda: run(*flags, "--overwrite --anchored_layers 9"), "3 layers")
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     run(*flags, "--overwrite")
-    assert embeddings("out") == embeddings("whole")
-    assert (out / "mine.md").exists()  # which is no model's
+    models = [load_encoder(folder) for folder in ("out", "whole")]
+    assert torch.equal(*(encode(e, tokenize(e, SENTENCES), 16) for e in models))
+    ids = [AutoTokenizer.from_pretrained(x)(SENTENCES)["input_ids"] for x in ("out", "whole")]
+    assert ids[0] == ids[1]  # what transformers alone reads
+    assert (out / "mine.txt").exists()  # which is no model's
 
 
 # ------------------------------------------------------------------------------ Table 3: the cost
@@ -379,7 +380,7 @@ def test_table3_time_and_memory_by_hand(tmp_path):
     assert runs.cost(tmp_path) == pytest.approx(expected)
 
 
-def test_table3_a_line_is_of_its_own_steps(tmp_path, monkeypatch):
+def test_table3_a_line_is_of_its_own_steps(tmp_path, monkeypatch, ends_with_one_line):
     """On a machine whose clock and memory are made up: 5 ms a step; 9 s, 7 GB between epochs."""
     now, peak, there = [100.0], [9000], torch.accelerator
     monkeypatch.setattr(runs.time, "perf_counter", lambda: now[0])
@@ -396,10 +397,13 @@ def test_table3_a_line_is_of_its_own_steps(tmp_path, monkeypatch):
             process.step({"loss": torch.tensor(1.0)}, 0.1)
         now[0], peak[0] = now[0] + 9, 7000
         process.end_epoch({})
-    found = [
-        [line[x] for x in ("step", "ms_per_step", "memory_mb")] for line in metrics(tmp_path)[0]
-    ]
-    assert sum(found, []) == pytest.approx([10, 5, 29, 15, 5, 34, 20, 5, 24, 30, 5, 34])
+    keys = "step", "ms_per_step", "memory_mb"
+    assert [line[key] for line in metrics(tmp_path)[0] for key in keys] == pytest.approx(
+        [10, 5, 29, 15, 5, 34, 20, 5, 24, 30, 5, 34]
+    )
+    steps = [{"loss": torch.tensor(value)} for value in [1.0] * 6 + [math.inf] + [1.0] * 3]
+    more = lambda: [process.step(values, 0.1) for values in steps]  # noqa: E731
+    ends_with_one_line(more, "step 37: loss is not finite")
 
 
 # ------------------------------------------------------------------------------- interruptions
@@ -460,12 +464,11 @@ def edit_cache(name, change):
     torch.save(cache | {"fingerprint": fingerprint(cache["sentences"])}, "teacher.pt")
 
 
-def declare_mean_pooling():
-    """In files of the student's own; --pooling is auto in both runs."""
-    for name in ("modules.json", "sentence_bert_config.json"):
-        shutil.copy(f"whole/{name}", "bert")
-    Path("bert/1_Pooling").mkdir()
-    Path("bert/1_Pooling/config.json").write_text('{"pooling_mode_mean_tokens": true}')
+def declare(file, old, new):
+    """A change in the student's sentence-transformers files; --pooling is auto in both runs."""
+    unlike = shutil.ignore_patterns("*.pt", "*.safetensors")
+    shutil.copytree("whole", "bert", dirs_exist_ok=True, ignore=unlike)
+    edit(f"bert/{file}", old, new)
 
 
 CHANGES = {
@@ -474,9 +477,10 @@ CHANGES = {
     "sentences": lambda: edit_cache("sentences", lambda texts: texts[::-1]),
     "dropout": lambda: edit("bert/config.json", 'prob": 0.1', 'prob": 0.2'),
     "activation": lambda: edit("bert/config.json", '"gelu"', '"relu"'),
-    "length": lambda: edit("bert/tokenizer_config.json", "64", "33"),
+    "length": lambda: declare("sentence_bert_config.json", ": 64", ": 33"),
+    "case": lambda: declare("sentence_bert_config.json", "false", "true"),
     "tokenizer": lambda: edit("bert/tokenizer.json", '"##k"', '"##K"'),  # which no sentence has
-    "pooling": declare_mean_pooling,
+    "pooling": lambda: declare("1_Pooling/config.json", "true", "false"),  # none: mean
 }
 
 
@@ -515,6 +519,12 @@ def test_an_interrupted_run_is_no_model_and_is_not_lost_by_mistake(copy, ends_wi
     ends_with_one_line(lambda: run(*copy, "--output cut --resume"), "checkpoint.pt", "damaged")
     run(*copy, "--output cut --overwrite")  # from the beginning
     assert result("cut") == result("whole")
+    for other in ({"model": 1}, [1], None):  # a checkpoint of another program
+        torch.save(other, "bert/checkpoint.pt") if other else Path("bert/checkpoint.pt").touch()
+        load_encoder("bert")
+        shutil.copy("bert/checkpoint.pt", "cut/checkpoint.pt")
+        ends_with_one_line(lambda: run(*copy, "--output cut"), "cut exists", "--overwrite")
+        ends_with_one_line(lambda: run(*copy, "--output cut --resume"), "checkpoint.pt")
 
 
 DAMAGES = [None, '{"step": 3}\n{"st\n[[1]]\nnull\n3\n\0\n']
@@ -532,16 +542,6 @@ def test_a_run_does_not_depend_on_its_log(copy, damage):
     assert result("cut")[:2] == result("whole")[:2]
     assert [line["step"] for line in metrics("cut")[0]][-2:] == [6, 9]
     assert math.isfinite(json.loads(Path("cut/talas.json").read_text())["cost"]["mean_mb"])
-
-
-@pytest.mark.parametrize("content", [{"model": 1}, [1], b"no archive"])
-def test_the_checkpoint_of_another_program_is_no_run(copy, content, ends_with_one_line):
-    with open("bert/checkpoint.pt", "wb") as file:
-        file.write(content) if isinstance(content, bytes) else torch.save(content, file)
-    load_encoder("bert")
-    shutil.copy("bert/checkpoint.pt", "cut/checkpoint.pt")
-    ends_with_one_line(lambda: run(*copy, "--output cut"), "cut exists", "--overwrite")
-    ends_with_one_line(lambda: run(*copy, "--output cut --resume"), "checkpoint.pt")
 
 
 # ------------------------------------------------------------------------------- two processes
@@ -591,17 +591,14 @@ def test_two_processes_resume_as_two(copy, ends_with_one_line):
 
 
 # ------------------------------------------------------------------------------------ mistakes
-MISTAKES = {
-    "--epochs 0": "--epochs 0",
+MISTAKES = {flags: flags for flags in ("--epochs 0", "--lr nan", "--rho -0.1", "--warmup_ratio 2")}
+MISTAKES |= {
     "--batch_size 49": "--batch_size 49: the corpus has only 48",
     "--batch_size 1": "--batch_size 1: Eqs. 5 and 6",
     "--anchored_layers 4": "--anchored_layers 4: bert has 3 layers",
     "--lasd_layers 1": "--lasd_layers 1: Eq. 5 chains two",
     "--lasd_layers 4": "--lasd_layers 4: bert has 3 layers",
     "--lambda1 0 --lambda2 0 --lambda3 0": "all 0",
-    "--lr nan": "--lr nan",
-    "--rho -0.1": "--rho -0.1",
-    "--warmup_ratio 2": "--warmup_ratio 2",
     "--resume": "out has no checkpoint",
     "--student drops": "layerdrop to 0 in its config.json",
     "--lr 1e18": "step 2: simcse is not finite; try a lower --lr or --rho",
@@ -615,8 +612,8 @@ def test_a_mistake_in_a_setting_is_one_line(copy, flags, ends_with_one_line):
     """And leaves nothing, or the last state whose weights are finite."""
     if "drops" in flags:
         small_bert("drops", layerdrop=0.1)
-    what = [*copy, "--warmup_ratio 0 --output out", flags]
-    ends_with_one_line(lambda: run(*what), MISTAKES[flags])
+    call = partial(run, *copy, "--warmup_ratio 0 --output out", flags)
+    ends_with_one_line(call, MISTAKES[flags])
     left = [path.name for path in Path("out").glob("*")]
     assert sorted(left) in ([], ["checkpoint.pt", "metrics.jsonl"])
     for W in torch.load("out/checkpoint.pt")["states"]["weights"].values() if left else []:
