@@ -229,9 +229,13 @@ def test_a_word_that_the_teacher_alone_splits(models):
     corpus = prepare([*models, "--method", "cdm"], TEXTS[:1])[0]
     same = [[i, i] for i in range(8)]  # of student and teacher
     assert corpus.matches[0][0].tolist() == [*same[1:], [7, 8], [8, 9], [9, 10]]
-    links, mutual = prepare([*models, "--method", "emo"], TEXTS[:1])[0].matches[0]
+    corpus = prepare([*models, "--method", "emo"], TEXTS[:1])[0]
+    links, mutual = corpus.matches[0]
     assert sorted(mutual.tolist()) == [*same, [9, 10], [10, 11]]
     assert sorted(links.tolist()) == [*same[:6], [6, 9], [7, 8], [9, 10], [10, 11]]
+    given = corpus.batch(torch.arange(1))[1]
+    mass, importance = given["mass"][0], given["importance"][0]  # garden's is the least there is
+    assert (mass[8] / mass[6]).item() == pytest.approx((importance.min() / importance[9]).item())
 
 
 # -------------------------------------------------------------------------------------- whole runs
