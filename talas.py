@@ -300,8 +300,8 @@ def largest_hessian_eigenvalue(loss_fn, parameters, tolerance=3e-3, vectors=8, s
     w, generator = parameters_to_vector(parameters), torch.Generator().manual_seed(seed)
     start = torch.randn(len(w), generator=generator, dtype=w.dtype).numpy()
     image = times_H(start)
-    if len(start) == 1 or not np.isfinite(image).all() or not image.any():
-        return float(start @ image / (start @ start))  # H itself, NaN, 0
+    if len(start) == 1 or not np.isfinite(image).all() or not image.any():  # H itself, NaN, 0
+        return float(start @ image / (start @ start)) if np.isfinite(image).all() else np.nan
     H = LinearOperator((len(start), len(start)), matvec=times_H, dtype=start.dtype)
     how = {"k": 1, "which": "LA", "return_eigenvectors": False, "tol": tolerance, "v0": start}
     return float(eigsh(H, ncv=min(vectors, len(start)), **how)[0])

@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -28,6 +29,9 @@ LOG_EVERY = 10  # steps between two lines of metrics.jsonl
 ADVICE = "try a lower --lr or --rho with another --output; the last whole epoch is kept in this one"
 MAY_BE_0 = ("lambda1", "lambda2", "lambda3", "lasd_layers", "rho", "eta", "disam_lambda")
 MAY_BE_0 += ("weight_decay", "warmup_ratio", "seed")
+STALE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "adapter_config.json")
+STALE += ("vocab.*", "merges.txt", "*.model")
+CARD_MARK = "talas.py writes this card anew"
 NO_FACTS = ("resume", "overwrite", "output", "device", "teacher", "student")  # names, not content
 
 
@@ -275,7 +279,7 @@ def cost(folder):
     """Table 3 from metrics.jsonl: the median time of a step; mean, peak and spread of memory."""
     keys = "ms_per_step", "memory_mb"
     pairs = [[line.get(key, math.nan) for key in keys] for line in read_metrics(folder)]
-    pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
+    pairs = [pair for pair in pairs if all(type(x) is float and math.isfinite(x) for x in pair)]
     if not pairs:
         return {}
     times, sizes = zip(*pairs)
@@ -305,8 +309,11 @@ def finish(s, cache, write):
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         about = {"teacher": cache["teacher"], "corpus": cache["fingerprint"], "cost": costs}
         write_json(draft / "talas.json", {"settings": asdict(s), **about, "versions": versions})
-        if not (out / "README.md").exists():
+        card = out / "README.md"
+        if not card.exists() or CARD_MARK in card.read_text("utf-8", "replace"):
             write_card(draft / "README.md", s, about)
+        for path in chain.from_iterable(map(out.glob, STALE)):  # of what is overwritten
+            path.unlink()
         for path in sorted(path for path in draft.rglob("*") if path.is_file()):
             (out / path.relative_to(draft)).parent.mkdir(exist_ok=True)
             os.replace(path, out / path.relative_to(draft))  # each of them whole

@@ -190,6 +190,8 @@ def learnt(bert):
 def test_embed_gives_a_batch_what_it_gives_each_sentence_alone(bert, pooling):
     student = load_encoder(str(bert), pooling)
     cache = {"sentences": SENTENCES, "sources": ["a"] * 48, "embeddings": rows(48, 0)}
+    short = load_encoder(str(bert), pooling, max_length=9)
+    assert Corpus(cache, short).batch(torch.arange(48))[0]["input_ids"].shape == (48, 9)
     tokens = Corpus(cache, student).batch(torch.arange(48))[0]
     layers = torch.stack(talas.embed(student, tokens, Settings(), views=2))
     assert layers.shape == (3, 2, 48, 32)
