@@ -152,7 +152,6 @@ def load_tokenizer(name, folder, lower):
             files["tokenizer.json"] = library.backend_tokenizer.to_str().encode()
         tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
     tokenizer.no_padding()
-    tokenizer.no_truncation()
     added = tokenizer.encode("a").special_tokens_mask
     refused = {"add_bos_token": added[:1] != [1], "add_eos_token": added[-1:] != [1]}
     refused |= {"truncation_side": about.get("truncation_side") != "right", "auto_map": True}

@@ -279,7 +279,9 @@ def cost(folder):
     """Table 3 from metrics.jsonl: the median time of a step; mean, peak and spread of memory."""
     keys = "ms_per_step", "memory_mb"
     pairs = [[line.get(key, math.nan) for key in keys] for line in read_metrics(folder)]
-    pairs = [pair for pair in pairs if all(type(x) is float and math.isfinite(x) for x in pair)]
+    pairs = [
+        pair for pair in pairs if all(type(x) in (int, float) and math.isfinite(x) for x in pair)
+    ]
     if not pairs:
         return {}
     times, sizes = zip(*pairs)

@@ -20,7 +20,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from support.encoder import Corpus, encode, pad, pool, pooled_layers, rehearse, tokenize
 from support.encoder import save_encoder as save
-from support.loading import load_encoder
+from support.loading import load_encoder as load
+from support.run import check_fit
+from talas import Settings
 
 TEXTS = [*SENTENCES[:8], "The DOOR, a boat", "rose"]
 WORDS = "tokenizer_config.json"
@@ -74,7 +76,7 @@ ROBERTA, GPT = ("bpe", ROBERTA_LIKE, "<s> $A </s>"), ("bpe", {"eos": "<|end|>"})
 XLNET, ONE_HEAD = ("unigram", BERT_LIKE, "$A [SEP] [CLS]:2"), {"num_key_value_heads": 1}
 KINDS = {  # kind: (its tokenizer, its configuration, its pooling)
     "bert": (WORDPIECE, sizes(**FFN, max_position_embeddings=64), "cls"),
-    "roberta": (ROBERTA, AS_ROBERTA, "cls"),
+    "roberta": ((*ROBERTA, normalizers.Replace("oo", "u")), AS_ROBERTA, "cls"),
     "mpnet": (("wordpiece", *ROBERTA[1:]), AS_ROBERTA, "cls"),
     "distilbert": (WORDPIECE, sizes("dim", "n_layers", "n_heads", hidden_dim=48), "cls"),
     "modernbert": (ROBERTA, sizes(**FFN, **ENDS, cls_token_id=0, sep_token_id=2), "cls"),
@@ -87,6 +89,7 @@ KINDS = {  # kind: (its tokenizer, its configuration, its pooling)
     "mamba": (GPT, sizes(state_size=4), "last"),
     "opt": (ROBERTA, sizes(ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32), "last"),
 }
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**30}
 MORE = {"llama": {"add_bos_token": True, "add_eos_token": False}}  # as tokenizer.json does it
 MORE["xlnet"] = {"model_input_names": ["input_ids", "attention_mask", "token_type_ids"]}
 
@@ -99,6 +102,9 @@ def build(folder, kind, config, made, about, **more):
         for weight in model.parameters():
             weight.data.mul_(10 if weight.ndim > 1 else 1)  # so that sentences get unlike vectors
     model.save_pretrained(folder)
+    if "pad_token" in about:  # some files have both, and nobody follows
+        made.enable_padding(length=40, pad_token=about["pad_token"])
+    made.enable_truncation(9)
     made.save(str(folder / "tokenizer.json"))
     return put(folder, {WORDS: about | more})
 
@@ -107,9 +113,8 @@ def build(folder, kind, config, made, about, **more):
 def built(kind):
     """The folder of one of the models above, made once, and not to be changed."""
     how, config, _ = KINDS[kind]
-    fast = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**30}
-    made = tokenizer(*how)
-    return build(Path(HOME.name, kind), kind, config, *made, **fast, **MORE.get(kind, {}))
+    more = FAST | MORE.get(kind, {})
+    return build(Path(HOME.name, kind), kind, config, *tokenizer(*how), **more)
 
 
 def put(folder, files):
@@ -124,10 +129,6 @@ def put(folder, files):
     return folder
 
 
-def load(folder, *how, **more):
-    return load_encoder(str(folder), *how, **more)
-
-
 def embed(encoder, texts=TEXTS):
     return encode(encoder, tokenize(encoder, texts), batch_size=3)
 
@@ -137,18 +138,22 @@ def ids_of(encoder, texts=TEXTS):
     return [part.tolist() for part in np.split(tokens.ids, tokens.starts[1:-1])]
 
 
-def own_ids(folder, texts=TEXTS):
-    rows = Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(list(texts))
-    return [row.ids for row in rows]
+def own_ids(folder, texts=TEXTS, types=False):
+    """Token ids by tokenizer.json alone; or pairs of them with their token_type_ids."""
+    tokens = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokens.no_padding()
+    tokens.no_truncation()
+    rows = tokens.encode_batch(list(texts))
+    return [(row.ids, row.type_ids) if types else row.ids for row in rows]
 
 
 @torch.no_grad()
 def alone(folder, pooling, texts=TEXTS):
     """Embeddings by transformers, one sentence at a time: no padding, no mask, no batch."""
     model, made = AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), []
-    for row in Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(list(texts)):
-        types = {"token_type_ids": torch.tensor([row.type_ids])} if any(row.type_ids) else {}
-        states = model(torch.tensor([row.ids]), **types).last_hidden_state[0]
+    for ids, types in own_ids(folder, texts, types=True):
+        types = {"token_type_ids": torch.tensor([types])} if any(types) else {}
+        states = model(torch.tensor([ids]), **types).last_hidden_state[0]
         made.append({"cls": states[0], "last": states[-1], "mean": states.mean(0)}[pooling])
     return torch.stack(made)
 
@@ -196,19 +201,24 @@ def rehearsed(folder, *how, two_views=True):
 def test_what_is_saved_is_what_was_trained(kind, tmp_path):
     encoder, corpus = rehearsed(built(kind), "mean" if kind == "xlnet" else "auto", 60)
     expected = embed(encoder)
-    assert close(pooled_layers(encoder, corpus.batch(torch.arange(10))[0])[-1], expected)
+    layers = pooled_layers(encoder, corpus.batch(torch.arange(10))[0])
+    assert len(layers) == 2 and close(layers[-1], expected)
     save(tmp_path, encoder)
     again = load(tmp_path)
     assert (again.pooling, again.max_length) == (encoder.pooling, 60)
     assert close(embed(again), expected) and close(alone(tmp_path, again.pooling), expected)
     assert AutoTokenizer.from_pretrained(tmp_path)(TEXTS)["input_ids"] == own_ids(built(kind))
-    for name in ["tokenizer.json", *[WORDS] * (kind not in ("gpt2", "mpt", "mamba"))]:
-        assert (tmp_path / name).read_bytes() == (built(kind) / name).read_bytes()
+    for name in ("tokenizer.json", WORDS):  # as they were, but for a token to pad with
+        there, kept = (
+            json.loads((folder / name).read_bytes()) for folder in (built(kind), tmp_path)
+        )
+        pads = name == WORDS and KINDS[kind][0] == GPT
+        assert kept == there | ({"pad_token": "<|end|>"} if pads else {})
     assert close(by_the_library(tmp_path), expected)
 
 
 @pytest.mark.parametrize("kind", ["roberta", "mpnet", "bert", "gpt2", "mpt"])
-def test_a_long_sentence_is_cut_where_the_positions_end(kind, capsys):
+def test_a_long_sentence_is_cut_where_the_positions_end(kind, tmp_path, capsys):
     """64 of them, though the files of roberta's like have 66: they count from 2."""
     encoder, long = load(built(kind), "mean", max_length=500), " ".join(SENTENCES)
     assert encoder.max_length == 64
@@ -218,6 +228,8 @@ def test_a_long_sentence_is_cut_where_the_positions_end(kind, capsys):
         expected = encoder.model(ids).last_hidden_state.mean(1)
     torch.testing.assert_close(embed(encoder, ["a", long])[1:], expected, atol=1e-4, rtol=1e-4)
     assert "1 of 2 sentences are cut after 64 tokens" in capsys.readouterr().out
+    told = {"model_max_length": 40}
+    assert load(put(shutil.copytree(built(kind), tmp_path / "m"), {WORDS: told})).max_length == 40
 
 
 def test_encoding_is_in_evaluation_mode_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -236,8 +248,9 @@ def test_encoding_is_in_evaluation_mode_and_goes_on_where_it_stopped(tmp_path, m
     monkeypatch.setattr(encoder.model, "forward", stops)
     with pytest.raises(KeyboardInterrupt):
         encode(encoder, tokens, 3, part=part)
+    np.memmap(part, np.float32, "r+", shape=(10, 33))[4, 32] = 0  # it went in the middle of a batch
     assert torch.equal(encode(encoder, tokens, 3, part=part), expected)
-    assert calls == [3, 3, 3, 3, 1]
+    assert calls == [3, 3, 3, 3, 3, 1]
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
@@ -256,14 +269,12 @@ def test_batches_and_slices_keep_their_order(bert):
     encoder, rows = load(bert, max_length=12), [2099, 1, 1000, 999]
     texts = [SENTENCES[i * i % 48] for i in range(2099)] + ["rose"]
     batch = pad(tokenize(encoder, texts), rows, encoder.model)
-    lengths = set()
-    for ids, mask, own in zip(*batch.values(), own_ids(bert, [texts[i] for i in rows])):
+    for i, own in enumerate(own_ids(bert, [texts[row] for row in rows])):
         own = own if len(own) <= 12 else own[:11] + own[-1:]
-        fill = [0] * (len(ids) - len(own))
-        lengths.add(len(own))
-        values = {tuple(t.tolist()) for t in (ids, mask)}
-        assert values == {(*own, *fill), (*[1] * len(own), *fill)}
-    assert len(lengths) > 1
+        fill = [0] * (12 - len(own))
+        assert batch["input_ids"][i].tolist() == own + fill
+        assert batch["attention_mask"][i].tolist() == [1] * len(own) + fill
+    assert batch["attention_mask"].min() == 0
 
 
 # ---------------------------------------------------------------------------- tokens, or a refusal
@@ -303,11 +314,12 @@ def test_lower_case_that_two_files_tell_otherwise_is_one_line(says, normalizer, 
 
 def test_a_vocabulary_alone_is_read_by_its_class_and_saved_whole(bert, tmp_path):
     expected, words = own_ids(bert), load(bert).tokenizer.get_vocab()
-    vocabulary = "\n".join(sorted(words, key=words.get)).encode()
-    encoder = load(put(bert, {"vocab.txt": vocabulary, "tokenizer.json": None}))
+    files = {"vocab.txt": "\n".join(sorted(words, key=words.get)).encode(), "tokenizer.json": None}
+    encoder = load(put(bert, files | {"special_tokens_map.json": {"pad_token": "[PAD]"}}))
     assert ids_of(encoder) == expected
     save(tmp_path / "saved", encoder)
     assert ids_of(load(put(tmp_path / "saved", {"vocab.txt": None}))) == expected
+    assert (tmp_path / "saved" / "special_tokens_map.json").exists()
 
 
 def test_more_tokens_than_embeddings_matter_only_where_they_occur(tmp_path, ends_with_one_line):
@@ -481,13 +493,20 @@ def test_neither_a_pooler_nor_float32_weights_are_needed(bert, ends_with_one_lin
 
 
 def test_views_without_dropout_are_said_to_be_the_same(bert, capsys):
-    rehearsed(bert)
-    assert "two views" not in capsys.readouterr().out
     none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    rehearsed(put(bert, {"config.json": none}))
-    assert "no dropout: the two views" in capsys.readouterr().out
-    rehearsed(bert, two_views=False)
-    assert "two views" not in capsys.readouterr().out
+    for change, two_views, said in (({}, True, False), (none, True, True), (none, False, False)):
+        rehearsed(put(bert, {"config.json": change}), two_views=two_views)
+        assert ("no dropout: the two views" in capsys.readouterr().out) == said
+    assert load(put(bert, {"config.json": {"is_decoder": True}})).pooling == "last"
+
+
+def test_a_student_of_unlike_widths_is_refused(tmp_path, ends_with_one_line):
+    how, config, _ = KINDS["opt"]
+    build(tmp_path, "opt", config | {"word_embed_proj_dim": 16}, *tokenizer(*how), **FAST)
+    encoder, corpus = rehearsed(tmp_path)
+    assert encoder.dimensions == 16 and close(embed(encoder), alone(tmp_path, "last"))
+    s = Settings(batch_size=2)
+    ends_with_one_line(lambda: check_fit(s, encoder, corpus), "unlike widths, (32, 16)")
 
 
 def test_settings_of_how_a_model_runs_change_nothing(bert, tmp_path):

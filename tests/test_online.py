@@ -250,7 +250,7 @@ def weights(folder):
     return (folder / "model.safetensors").read_bytes(), [W.tolist() for W in matrices]
 
 
-@pytest.mark.parametrize("method, optimizer", zip(METHODS, ["asam", "sam", "adamw"]))
+@pytest.mark.parametrize("method, optimizer", list(zip(METHODS, ["asam", "sam", "adamw"])))
 def test_a_run_ends_the_same_though_interrupted(
     flags, tmp_path, method, optimizer, monkeypatch, ends_with_one_line
 ):

@@ -218,7 +218,7 @@ def test_the_released_code_gets_our_settings(pair_b, tmp_path, monkeypatch):
 
 def test_geometry_by_hand(bert, cache, tmp_path):
     content, student, kept = load_cache(str(cache)), load_encoder(str(bert)), tmp_path / "kept"
-    W = [torch.randn(32, 8), torch.randn(32, 8)]
+    W = [torch.randn(32, 8, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
     torch.save(W, shutil.copytree(bert, kept) / "projections.pt")
     flags = [str(bert), str(kept), "--teacher", str(cache), "--names", "a", "b"]
     geometry.main([*flags, "--results", str(tmp_path / "results.json")])
@@ -231,7 +231,7 @@ def test_geometry_by_hand(bert, cache, tmp_path):
     pairs, targets = (np.array([X[i] @ X[j] for i in range(48) for j in range(i)]) for X in (E, T))
     assert one["spread"] == pytest.approx(1 - pairs.mean(), abs=1e-5)
     assert one["spearman"] == pytest.approx(100 * spearmanr(pairs, targets)[0], abs=0.1)
-    assert one["tamd"] == pytest.approx(1 - (P * T).sum(1).mean(), abs=1e-5)
+    assert one["tamd"] == pytest.approx(1 - (P * T).sum(1).mean(), abs=1e-4)
     best = 1 - (T @ T.mean(0)).mean() / np.linalg.norm(T.mean(0))
     _, (a, b, best_one) = report.tables(found)["geometry"]
     assert (a[2], a[4], b[2], best_one[4]) == ("", "", f"{one['tamd']:.3g}", f"{best:.3g}")
