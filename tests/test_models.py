@@ -114,7 +114,7 @@ def built(kind):
     """The folder of one of the models above, made once, and not to be changed."""
     how, config, _ = KINDS[kind]
     more = FAST | MORE.get(kind, {})
-    return build(Path(HOME.name, kind), kind, config, *tokenizer(*how), **more)
+    return build(Path(HOME.name, f"models-{kind}"), kind, config, *tokenizer(*how), **more)
 
 
 def put(folder, files):
