@@ -51,8 +51,10 @@ def memory_mb(device):
         peak = torch.accelerator.max_memory_allocated(device) / 2**20
         torch.accelerator.reset_peak_memory_stats(device)
         return peak
-    statm = Path("/proc/self/statm")  # of Linux; elsewhere nothing is measured
-    _, resident, files, *_ = map(int, statm.read_text().split()) if statm.exists() else (0, 0, 0)
+    statm = Path("/proc/self/statm")
+    if not statm.exists():  # elsewhere than on Linux nothing is measured
+        return 0.0
+    _, resident, files, *_ = map(int, statm.read_text().split())
     return (resident - files) * os.sysconf("SC_PAGE_SIZE") / 2**20  # the cache is a file
 
 

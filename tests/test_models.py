@@ -291,12 +291,11 @@ def test_ids_are_those_of_tokenizer_json(kind, how, config, tmp_path, capsys, en
     folder = build(tmp_path / "m", kind, config, *tokenizer(*how), do_lower_case=True)
     encoder = load(folder)
     assert "do_lower_case" not in capsys.readouterr().out
-    assert (
-        ids_of(encoder) == own_ids(folder) != AutoTokenizer.from_pretrained(folder)(TEXTS).input_ids
-    )
+    assert ids_of(encoder) == own_ids(folder)
     assert close(embed(encoder), alone(folder, "cls"))
-    # nobody else could use what we would save
-    ends_with_one_line(lambda: save(tmp_path / "s", encoder), "PreTrainedTokenizerFast", WORDS)
+    if AutoTokenizer.from_pretrained(folder)(TEXTS)["input_ids"] != own_ids(folder):
+        # nobody else could use what we would save
+        ends_with_one_line(lambda: save(tmp_path / "s", encoder), "PreTrainedTokenizerFast", WORDS)
     save(tmp_path / "s", load(put(folder, {WORDS: {"tokenizer_class": "PreTrainedTokenizerFast"}})))
     assert close(by_the_library(tmp_path / "s"), embed(encoder))
 
