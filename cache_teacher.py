@@ -103,7 +103,10 @@ def load_cache(path, needed=True):
         cache = {"sentences": texts, "sources": sources, "embeddings": torch.zeros(len(texts), 0)}
         return cache | {"teacher": None, "fingerprint": fingerprint(texts)}
     if not Path(path).exists():
-        fail(f"no teacher cache at {path}; make one: python cache_teacher.py --output {path}")
+        how = (
+            f"--output {path}" if path.endswith(".pt") else f"--teacher {path} --output teacher.pt"
+        )
+        fail(f"no teacher cache at {path}; make one: python cache_teacher.py {how}")
     cache = load(path)
     missing = [key for key in (*KEYS, "version") if not isinstance(cache, dict) or key not in cache]
     if missing:
@@ -121,7 +124,8 @@ def load_cache(path, needed=True):
         fail(f"{path}: the sentences are not those that were embedded (fingerprint)")
     if cache.get("checksum") not in (None, digest(embeddings)) or not usable(embeddings).all():
         fail(f"{path} is damaged: some embeddings are not as they were written; make it anew")
-    return cache | {"embeddings": embeddings.detach() if needed else embeddings[:, :0]}
+    unused = {"embeddings": embeddings[:, :0], "teacher": None}
+    return cache | ({"embeddings": embeddings.detach()} if needed else unused)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -141,6 +145,8 @@ def parse_args(argv):
     flag("--seed", type=positive, default=42, help="of the paper corpus's sample")
     args = parser.parse_args(argv)
     check_output("--output", args.output, teacher=args.teacher, corpus=args.corpus)
+    if not args.output.endswith(".pt") and Path(args.output).exists():
+        fail(f"--output {args.output} is there, and its name is not a cache's, which ends in .pt")
     return args
 
 

@@ -109,7 +109,7 @@ def simcse_loss(z, z_prime, temperature):
 
 
 def total_loss(layers, projections, teacher, s):
-    """The training objective, Eq. 7: (L, {its terms}), scalars; a term of weight 0 is left out.
+    """The training objective, Eq. 7: (loss, {its terms}), scalars; a term of weight 0 is left out.
 
     layers: all L, (views, N, d_S); projections: K of W_l (d_S, d_T); teacher: E^T, (N, d_T).
     """

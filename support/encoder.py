@@ -237,7 +237,8 @@ def rehearse(student, corpus, two_views):
     config, tokens = student.model.config.to_dict(), corpus.batch(torch.arange(len(corpus))[:2])[0]
     if drops := [key for key, value in config.items() if "layerdrop" in key and value]:
         fail(f"the student leaves out layers in training; set {drops[0]} to 0 in its config.json")
-    with torch.random.fork_rng(), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+    devices = [] if student.model.device.type == "cpu" else [student.model.device]
+    with torch.random.fork_rng(devices), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         student.model.train()
         layers = pooled_layers(student, {name: t.repeat(2, 1) for name, t in tokens.items()})
         save_encoder(folder, student)

@@ -75,12 +75,14 @@ def started(s, also_0=()):
     With torchrun the first process alone speaks and writes.
     """
     check_settings(s, also_0)
-    with interruptible("--resume goes on from the last whole epoch"):
+    advice = "the same command begins again; with --resume it goes on from the last whole epoch"
+    with interruptible(advice):
         if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             device = pick_device(s.device)
             if device.type != "cpu":
                 torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
             distributed.init_process_group("gloo" if device.type == "cpu" else None)
+        made = rank() == 0 and not os.path.exists(s.output)
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")
         else:
@@ -93,7 +95,7 @@ def started(s, also_0=()):
             fail("another of torchrun's processes has ended; its own line says why")
         finally:
             with suppress(OSError):  # a run that wrote nothing leaves no folder
-                Path(s.output).rmdir()
+                _ = made and Path(s.output).rmdir()
         if distributed.is_initialized():  # not after an error: it would wait for the others
             distributed.destroy_process_group()
 
@@ -125,7 +127,8 @@ def check_fit(s, student, corpus):
     """End the program if the settings do not fit the student or the corpus."""
     L, n = student.layers, len(corpus)
     if n < s.batch_size * processes():
-        fail(f"--batch_size {s.batch_size}: the corpus has only {n} sentences")
+        each = f" in each of {processes()} processes" if processes() > 1 else ""
+        fail(f"--batch_size {s.batch_size}{each}: the corpus has only {n} sentences")
     if len(set(student.widths)) > 1:
         fail(f"{s.student}: its layers have unlike widths, {student.widths}; take another student")
     if s.lambda2 and s.anchored_layers > L:
@@ -150,11 +153,16 @@ def check_output(s):
     if not s.output or out.is_symlink() or (out.exists() and not out.is_dir()):
         fail(f"--output {s.output!r} must be the name of a folder, no file and no link")
     if s.resume and not (out / "checkpoint.pt").exists():
-        fail(f"{out} has no checkpoint to resume; without --resume the run begins")
+        what = "a finished run" if (out / "talas.json").exists() else "no run"
+        fail(f"{out} has no checkpoint to resume: it is {what}")
     if begun and not (s.resume or s.overwrite):
         fail(f"{out} holds an interrupted run; --resume it, --overwrite it, or change --output")
     if out.exists() and any(out.iterdir()) and not (s.resume or s.overwrite):
         fail(f"{out} exists; choose another --output, or --overwrite it")
+    ours = ("talas.json", "checkpoint.pt", "metrics.jsonl", "config.json")
+    full = out.exists() and any(out.iterdir())
+    if full and not any((out / name).exists() for name in ours):
+        fail(f"--output {out} holds neither a run nor a model; choose another --output")
     with attempt(f"write --output {out}"):
         out.mkdir(exist_ok=True)
 
@@ -296,7 +304,9 @@ def write_card(path, s, about):
     """A model card, as the Hub shows it; the base model is named where it has a name there."""
     on_hub = s.student != "tiny" and not Path(s.student).exists()
     facts = json.dumps({"settings": asdict(s), "cost": about["cost"]}, indent=2)
-    names = {"name": Path(s.output).name, "student": s.student, "teacher": about["teacher"]}
+    taught = f"taught by the embeddings of `{about['teacher']}`" if about["teacher"] else "trained"
+    names = {"name": Path(s.output).name, "student": s.student, "taught": taught}
+    names["method"] = getattr(s, "method", "TALAS")
     names["base_model"] = f"base_model: {s.student}\n" if on_hub else ""
     card = Path(__file__).with_name("card.md").read_text("utf-8").format(facts=facts, **names)
     path.write_text(card, encoding="utf-8")
