@@ -261,7 +261,7 @@ def make_optimizer(s, objective, steps):
 
 def train(s, corpus, objective, after_epoch=lambda epoch: None):
     """Algorithm 1: trains the objective's student and projections in place, batch by batch."""
-    run = Run(s, corpus, objective, len(batches(len(corpus), s, epoch=0)))
+    run = Run(s, corpus, objective, len(corpus) // s.batch_size)
     asam, scheduler = make_optimizer(s, objective, run.total_steps)
     for epoch in run.start_from(asam.optimizer, scheduler):  # 0, or after the last whole one
         objective.train()

@@ -144,20 +144,15 @@ def unique_corpus(name, seed=42):
 
 # ------------------------------------------------------------------ the nine benchmarks on the Hub
 TEXT, PAIR, STS = "text label", "sentence1 sentence2 label", "sentence1 sentence2 score"
+SICK, TWEET = "sentence_A sentence_B relatedness_score", "mteb/tweet_sentiment_extraction"
 HUB = {  # in Table 1's order: dataset, configuration, revision, its columns, what they are here
     "banking77": ("mteb/banking77", None, "18072d2685ea682290f7b8924d94c62acc19c0b2", TEXT, TEXT),
-    "tweet": (
-        *("mteb/tweet_sentiment_extraction", None, "7261898ee3b9a739595e8dbf41df6b2332f429bb"),
-        *(TEXT, TEXT),
-    ),
+    "tweet": (TWEET, None, "7261898ee3b9a739595e8dbf41df6b2332f429bb", TEXT, TEXT),
     "emotion": ("mteb/emotion", None, "13535ec7ed83ac3920c40db3c3fd4133af55cc06", TEXT, TEXT),
     "mrpc": ("nyu-mll/glue", "mrpc", None, PAIR, PAIR),
     "scitail": ("allenai/scitail", "tsv_format", None, "premise hypothesis label", PAIR),
     "wic": ("Deehan1866/WiC", None, None, PAIR, PAIR),
-    "sick": (
-        *("RobZamp/sick", None, "refs/convert/parquet"),
-        *("sentence_A sentence_B relatedness_score", STS),
-    ),
+    "sick": ("RobZamp/sick", None, "refs/convert/parquet", SICK, STS),
     "sts12": ("mteb/sts12-sts", None, "a0d554a64d88156834ff5ae9920b964011b16384", STS, STS),
     "stsb": ("mteb/stsbenchmark-sts", None, "b0fddb56ed78048fa8b90373c8a3cfc37b684831", STS, STS),
 }

@@ -94,8 +94,9 @@ def started(s, also_0=()):
                 raise
             fail("another of torchrun's processes has ended; its own line says why")
         finally:
-            with suppress(OSError):  # a run that wrote nothing leaves no folder
-                _ = made and Path(s.output).rmdir()
+            if made:
+                with suppress(OSError):  # a run that wrote nothing leaves no folder
+                    os.rmdir(s.output)
         if distributed.is_initialized():  # not after an error: it would wait for the others
             distributed.destroy_process_group()
 
@@ -157,11 +158,10 @@ def check_output(s):
         fail(f"{out} has no checkpoint to resume: it is {what}")
     if begun and not (s.resume or s.overwrite):
         fail(f"{out} holds an interrupted run; --resume it, --overwrite it, or change --output")
-    if out.exists() and any(out.iterdir()) and not (s.resume or s.overwrite):
+    there = {path.name for path in out.iterdir()} if out.exists() else set()
+    if there and not (s.resume or s.overwrite):
         fail(f"{out} exists; choose another --output, or --overwrite it")
-    ours = ("talas.json", "checkpoint.pt", "metrics.jsonl", "config.json")
-    full = out.exists() and any(out.iterdir())
-    if full and not any((out / name).exists() for name in ours):
+    if there and not there & {"talas.json", "checkpoint.pt", "metrics.jsonl", "config.json"}:
         fail(f"--output {out} holds neither a run nor a model; choose another --output")
     with attempt(f"write --output {out}"):
         out.mkdir(exist_ok=True)
