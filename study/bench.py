@@ -1,10 +1,12 @@
 """Speed and memory, side by side; run by hand, on a machine that does nothing else:
 
     python cache_teacher.py --teacher mpnet.npy --corpus corpus.jsonl --output mpnet.pt
-    python study/bench.py --cache mpnet.pt --student student-cls [--released Teacher-Anchor-KD]
+    python study/bench.py --cache mpnet.pt --student student-cls --teacher mpnet \
+        [--released Teacher-Anchor-KD]
 
-Two sides take turns on the same batches: a machine whose speed drifts favours none. A ratio is the
-median over the turns. Rows (bench.csv) that need what is not there are left out.
+The sides of a row (bench.csv) take turns on the same batches: a machine whose speed drifts favours
+none. A ratio is the median over the turns. The row table3 is the paper's Table 3 (table3.csv), with
+the teacher in bfloat16. Rows that need what is not there are left out.
 """
 
 import itertools
@@ -24,8 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import talas
 from cache_teacher import load_cache
-from study import baselines, released, results
-from study.results import BENCH
+from study import baselines, online, released, results
+from study.results import BENCH, TABLE3
 from support import fail
 from support.encoder import Corpus, encode, pad, pool, tokenize
 from support.files import check_output, positive
@@ -33,6 +35,7 @@ from support.loading import load_encoder
 from support.run import memory_mb, pick_device
 
 N, WARM_UP = 32, 4  # sentences a step; turns that do not count
+EPOCHS = talas.Settings().epochs  # which share the cost of a cache
 
 
 class Plain(talas.Objective):
@@ -55,6 +58,7 @@ OURS = {  # of a side that is a step of ours: its settings and its objective
     "simcse": {"optimizer": "adamw", "lambda1": 1.0, "lambda2": 0.0, "lambda3": 0.0},
     "plain": {"kind": Plain},
     **{m: {"kind": baselines.Baseline, "method": m} for m in ("distill", "stella", "distillcse")},
+    **{m: {"kind": online.Online, "method": m} for m in online.OWN},
 }
 
 
@@ -64,13 +68,17 @@ def turns(cache):
         yield from talas.batches(len(cache["sentences"]), talas.Settings(batch_size=N), epoch)
 
 
-def ours(cache, name, device, kind=talas.Objective, **settings):
+def ours(cache, args, device, kind=talas.Objective, **settings):
     """A step of talas.train's loop, with an objective of that kind: a function of positions."""
-    s = (baselines if kind is baselines.Baseline else talas).Settings(**settings)
-    student = load_encoder(name, device=device)
-    corpus = Corpus(cache, student)
-    objective = kind(student, talas.new_projections(s, student, corpus.d_T), s).train()
-    asam, scheduler = talas.make_optimizer(s, objective, 10**6)
+    if kind is online.Online:
+        flags = ["--method", settings["method"], "--teacher", args.teacher, "--device", f"{device}"]
+        flags += ["--student", args.student, "--teacher_dtype", "bfloat16"]
+        corpus, objective = online.prepare(s := online.parse_settings(flags), cache)
+    else:
+        s = (baselines if kind is baselines.Baseline else talas).Settings(**settings)
+        corpus = Corpus(cache, student := load_encoder(args.student, device=device))
+        objective = kind(student, talas.new_projections(s, student, corpus.d_T), s)
+    asam, scheduler = talas.make_optimizer(s, objective.train(), 10**6)
 
     def step(rows):
         tokens, teacher, domains = corpus.batch(rows)
@@ -81,10 +89,17 @@ def ours(cache, name, device, kind=talas.Objective, **settings):
     return step
 
 
+def load(name, args, device):
+    """The student; or for "cached" the teacher, as the online methods have it."""
+    if name == "cached":
+        return load_encoder(args.teacher, dtype=torch.bfloat16, device=device)
+    return load_encoder(args.student, device=device)
+
+
 def side(name, cache, args, device):
     """A side of a row, a function of positions: a step, or embedding 32 batches."""
     if name in OURS:
-        return ours(cache, args.student, device, **OURS[name])
+        return ours(cache, args, device, **OURS[name])
     texts = cache["sentences"][: 32 * N]
     if name == "released":  # which tokenises each batch itself
         with tempfile.TemporaryDirectory() as work:
@@ -96,50 +111,77 @@ def side(name, cache, args, device):
 
         model = SentenceTransformer(args.student, device=str(device))
         return lambda rows: model.encode(texts, batch_size=N, show_progress_bar=False)
-    encoder = load_encoder(args.student, device=device)
+    encoder = load(name, args, device)
     return lambda rows: encode(encoder, tokenize(encoder, texts), N)
 
 
-def in_turn(a, b, batches, device):
-    """The median ratio of a's time to b's over the batches; the median ms of a and of b."""
+def in_turn(sides, batches, device):
+    """The ms that each side takes for each batch that counts: a list of lists."""
     times = []
     for i, rows in enumerate(batches):
-        pair = [0.0, 0.0]
-        for which in (0, 1) if i % 2 else (1, 0):
+        turn = {}
+        for which in range(len(sides))[:: 1 if i % 2 else -1]:
             start = time.perf_counter()
-            (a, b)[which](rows)
+            sides[which](rows)
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
-            pair[which] = 1000 * (time.perf_counter() - start)
-        times.append(pair)
-    counted = times[WARM_UP:]
-    return statistics.median(x / y for x, y in counted), *map(statistics.median, zip(*counted))
+            turn[which] = 1000 * (time.perf_counter() - start)
+        times.append([turn[which] for which in range(len(sides))])
+    return times[WARM_UP:]
 
 
-def peak(name, cache, args, device):
-    """Peak bytes of tensors in four steps, from an empty memory: the device allocator's count."""
+def peak_mb(step, cache, device):
+    """Peak MB of tensors that four steps make: the device allocator's count."""
+    memory_mb(device)  # an accelerator's peak counts from here
+    before = 0 if device.type == "cpu" else torch.accelerator.memory_allocated(device) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        step = side(name, cache, args, device)
         for rows in itertools.islice(turns(cache), 4):
             step(rows)
     if device.type != "cpu":
-        return 2**20 * memory_mb(device)
+        return memory_mb(device) - before
     events = sorted(watched.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    return max(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
+    return max(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]")) / 2**20
+
+
+def extra_memory(cache, args, device):
+    """ASAM's extra peak of memory, over that of the weights that it moves."""
+    sides = (side(name, cache, args, device) for name in ("adamw", "talas"))
+    less, more = (peak_mb(step, cache, device) for step in sides)
+    encoder = load_encoder(args.student)
+    used = [p.numel() for key, p in encoder.model.named_parameters() if "pooler" not in key]
+    used.append(2 * encoder.dimensions * cache["embeddings"].shape[1])  # the W_l
+    return (more - less) / (4 * sum(used) / 2**20)
+
+
+def table3(cache, args, device):
+    """{side: {ms, and MB: teacher, student, rest}} of the paper's Table 3, a cache's share last."""
+    found, steps, mb = {}, {}, {}
+    for name in ("cached", "encode"):
+        mb[name] = sum(p.nbytes for p in load(name, args, device).model.parameters()) / 2**20
+    for name in TABLE3.keys() - {"cached"}:
+        steps[name] = side(name, cache, args, device)
+        rest = peak_mb(steps[name], cache, device)
+        teacher = mb["cached"] if name in online.OWN else 0
+        found[name] = {"teacher": teacher, "student": mb["encode"], "rest": rest}
+    batches = list(itertools.islice(turns(cache), WARM_UP + args.turns))
+    ms = list(zip(*in_turn(list(steps.values()), batches, device)))
+    steps["cached"] = side("cached", cache, args, device)
+    few = in_turn([steps["cached"]], batches[: WARM_UP + 2], device)
+    ms.append([one / 32 / EPOCHS for (one,) in few])  # of 32 batches, once in all epochs
+    found["cached"] = {"teacher": mb["cached"]}
+    for name, times in zip(steps, ms):
+        found[name]["ms"] = statistics.median(times)
+    return {name: found[name] for name in TABLE3}
 
 
 def measure(name, cache, args, device):
     """[ratio, ms of the first side, ms of the second] of a row; of memory the ratio alone."""
-    if name != "memory":
-        a, b = (side(BENCH[name][each], cache, args, device) for each in ("first", "second"))
-        count = WARM_UP + max(args.turns // (4 if name == "caching" else 1), 1)
-        return in_turn(a, b, itertools.islice(turns(cache), count), device)
-    memory_mb(device)  # an accelerator's peak counts from here
-    less, more = (peak(one, cache, args, device) for one in ("adamw", "talas"))
-    encoder = load_encoder(args.student)
-    used = [p.numel() for key, p in encoder.model.named_parameters() if "pooler" not in key]
-    used.append(2 * encoder.dimensions * cache["embeddings"].shape[1])  # the W_l
-    return [(more - less) / (4 * sum(used))]
+    if name == "memory":
+        return [extra_memory(cache, args, device)]
+    sides = [side(BENCH[name][each], cache, args, device) for each in ("first", "second")]
+    count = WARM_UP + max(args.turns // (4 if name == "caching" else 1), 1)
+    times = in_turn(sides, itertools.islice(turns(cache), count), device)
+    return [statistics.median(x / y for x, y in times), *map(statistics.median, zip(*times))]
 
 
 def main(argv=None):
@@ -147,6 +189,7 @@ def main(argv=None):
     parser, flag = results.command_line(__doc__)
     flag("--cache", default="teacher.pt", help="a teacher cache")
     flag("--student", required=True, help="directory or Hub id of the student to train")
+    flag("--teacher", help="the model of the cache, to run online")
     flag("--released", help="a clone of the released code")
     flag("--rows", nargs="*", help=f"some of {', '.join(BENCH)}; all without it")
     flag("--turns", type=positive, default=24, help="turns of each side")
@@ -154,20 +197,25 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_output("--results", args.results, cache=args.cache)
     needed = {"released": args.released, "library": find_spec("sentence_transformers")}
+    needed["online"] = args.teacher
     there = [name for name, row in BENCH.items() if needed.get(row["first"], True)]
     if unknown := set(args.rows or []) - set(there):
         fail(f"--rows {' '.join(unknown)}: the rows here are {', '.join(there)}")
     cache, device = load_cache(args.cache), pick_device(args.device)
     key = f"bench/{Path(args.student).name}/{device.type}"
     about = {"date": str(date.today()), "machine": results.machine(), "torch": torch.__version__}
-    rows = results.read_json(args.results).get(key, {}).get("rows", {})
+    entry = {"rows": {}} | results.read_json(args.results).get(key, {}) | about
     for name in args.rows or there:
         with redirect_stdout(None):
-            ratio, *ms = measure(name, cache, args, device)
-        rows[name] = {"label": BENCH[name]["label"], "target": BENCH[name]["target"]}
-        rows[name] |= {"ratio": ratio, "ms": ms}
-        print(*rows[name].values(), flush=True)
-        results.record(args.results, key, about | {"rows": rows})
+            if name == "table3":
+                found = entry["table3"] = table3(cache, args, device)
+            else:
+                ratio, *ms = measure(name, cache, args, device)
+                label, target = BENCH[name]["label"], BENCH[name]["target"]
+                found = {"label": label, "target": target, "ratio": ratio, "ms": ms}
+                entry["rows"][name] = found
+        print(*found.values(), flush=True)
+        results.record(args.results, key, entry)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python study/report.py README.md --latex tables.tex --plots study       # needs matplotlib
 
 A file to be filled has <!-- table:NAME --> ... <!-- end -->, which becomes that table: gains,
-geometry, bench-student-cls-cpu; of a pair scores-B (every row), main-B (those of the paper's Tables
-1 and 2), summary-B, sharpness-B. Of several seeds: mean ± standard deviation (of a sample, n - 1).
+methods, geometry; bench-student-cls-cpu, cost-student-cls-cpu; of a pair scores-B (every row),
+main-B (those of the paper's Tables 1 and 2), summary-B, sharpness-B. Of several seeds: mean ±
+standard deviation (of a sample, n - 1).
 """
 
 import math
@@ -66,15 +67,19 @@ def score_table(entries, pair, rows, tasks=None, names="row"):
     return ["", *(NAMES.get(task, task) for task in every)], table
 
 
-def gain_table(entries):
-    """What each part of the method is worth: the paper's gains in Avg and those of the pairs."""
-    there, rows = pairs(entries), []
+def gain_table(entries, over):
+    """Gains in Avg: of TALAS over other methods, or of its parts; the paper's, others', the pairs'.
+
+    Others' are reruns on the paper's pairs (study/README.md).
+    """
+    there, rows, given = pairs(entries), [], ["paper", "others"] if over else ["paper"]
     for claim, about in CLAIMS.items():
         row, without = about["row"], about["without"]
         worth = [mean_sd(gains(entries, pair, row, without), "+") for pair in there]
-        if any(text != "–" for text in worth):
-            rows.append([f"{claim}: {row} − {without}", about["paper"], *worth])
-    return ["gain in Avg", "the paper's pairs", *(f"pair {pair}" for pair in there)], rows
+        if claim.startswith("TALAS over") == over and any(text != "–" for text in worth):
+            rows.append([f"{claim}: {row} − {without}", *(about[x] for x in given), *worth])
+    names = ["the paper's pairs", "the same, by others"][: len(given)]
+    return ["gain in Avg", *names, *(f"pair {pair}" for pair in there)], rows
 
 
 def sharpness_table(entries, pair):
@@ -105,9 +110,26 @@ def bench_table(entry):
     return ["", "ratio", "target", "ms"], rows
 
 
+def cost_table(entry):
+    """The paper's Table 3: a step's ms, its ratio to TALAS's two, the peak of memory in MB."""
+    sides, rows, at = entry["table3"], [], results.TABLE3
+    for name, side in sides.items():
+        ratios = []
+        for other in ("adamw", "talas"):
+            ratios.append(f"{side['ms'] / sides[other]['ms']:.2f}")
+            theirs = [float(at[x]["paper ms"] or "nan") for x in (name, other)]
+            ratios.append(f"{theirs[0] / theirs[1]:.2f}".replace("nan", ""))
+        parts = ("teacher", "student", "rest")
+        memory = [f"{side[part]:.0f}" if part in side else "" for part in parts]
+        rows.append([at[name]["label"], f"{side['ms']:.0f}", *ratios, *memory])
+    heads = "ms", "/ TALAS without ASAM", "paper", "/ TALAS", "paper", "teacher", "student", "rest"
+    return ["", *heads], rows
+
+
 def tables(entries):
     """{name: (header, rows)} of all that there are results for."""
-    found = {"gains": gain_table(entries), "geometry": geometry_table(entries)}
+    found = {"gains": gain_table(entries, over=False), "methods": gain_table(entries, over=True)}
+    found["geometry"] = geometry_table(entries)
     for pair in pairs(entries):
         found[f"scores-{pair}"] = score_table(entries, pair, ROWS)
         found[f"main-{pair}"] = score_table(entries, pair, MAIN)
@@ -115,6 +137,8 @@ def tables(entries):
         found[f"sharpness-{pair}"] = sharpness_table(entries, pair)
     benches = {key: entry for key, entry in entries.items() if key.startswith("bench/")}
     found |= {key.replace("/", "-"): bench_table(entry) for key, entry in benches.items()}
+    timed = {key: entry for key, entry in benches.items() if "table3" in entry}
+    found |= {f"cost{key[5:].replace('/', '-')}": cost_table(e) for key, e in timed.items()}
     return {name: table for name, table in found.items() if table[1]}
 
 

@@ -1,4 +1,4 @@
-"""results.json, an entry a run; pairs.csv; rows.csv: what a run can be; claims.csv; bench.csv."""
+"""results.json, an entry a run; pairs.csv; rows.csv: what a run can be; claims, bench, table3."""
 
 import argparse
 import json
@@ -15,9 +15,9 @@ from support.files import whole
 from support.run import read_metrics
 
 HERE = Path(__file__).parent
-PAIRS, ROWS, CLAIMS, BENCH = (
+PAIRS, ROWS, CLAIMS, BENCH, TABLE3 = (
     {next(iter(row.values())): row for row in read_table(HERE / f"{name}.csv")}
-    for name in ("pairs", "rows", "claims", "bench")
+    for name in ("pairs", "rows", "claims", "bench", "table3")
 )
 UNTRAINED = ("teacher", "before")
 AVERAGES = {"avg_in": "Avg-In", "avg_out": "Avg-Out", "avg": "Avg"}

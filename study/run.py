@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 import cache_teacher
 import eval as evaluation
 import talas
-from study import baselines, released, results
+from study import baselines, online, released, results
 from study.results import PAIRS, ROWS, UNTRAINED, portable, read_json
 from support import fail
 from support.encoder import pooled_layers
@@ -55,7 +55,8 @@ class Released(talas.Objective):
         return loss, terms | {"loss": loss}
 
 
-KINDS = {"STLA-released": Released, "released-code": released}  # the objective, or a module
+ONLINE = {row: online for row in ROWS if row.split("-")[0] in online.OWN}
+KINDS = {"STLA-released": Released, "released-code": released} | ONLINE  # objective, or module
 
 
 def keep(folder, objective, epoch):
@@ -71,13 +72,17 @@ def train(args, teacher, dtype, s, kind):
     lacks, there = s.sharpness and not told.get("sharpness"), (out / "checkpoint.pt").exists()
     if portable(told) == portable(asdict(s)) and not lacks and not there:
         return
+    s, keeping = replace(s, resume=there, overwrite=not there), ()
+    if args.each_epoch:
+        keeping = (partial(keep, out / "epochs"),)
+    if kind is online:
+        return online.run(s, *keeping)
     cached = ["--teacher", teacher, "--output", s.teacher, "--corpus", args.corpus]
     with FileLock(f"{s.teacher}.waiting"):  # a cache that is there is kept
         cache_teacher.main([*cached, "--dtype", dtype, "--device", args.device])
     if kind is released:
         return released.train(args.released, s)
-    s = replace(s, resume=there, overwrite=not there)
-    baselines.run(s, kind, *([partial(keep, out / "epochs")] if args.each_epoch else []))
+    baselines.run(s, kind, *keeping)
 
 
 def run(args, seed, pair, row, check=False):
@@ -88,11 +93,13 @@ def run(args, seed, pair, row, check=False):
     if "/" not in teacher:
         teacher, student = str(args.models / teacher), str(args.models / student)
     own = {"teacher": cache, "student": student, "output": out, "seed": seed, "device": args.device}
+    method = "--method" in ROWS[row]["flags"]
+    kind = KINDS.get(row, baselines.Baseline if method else talas.Objective)
+    own |= {"teacher": teacher, "corpus": args.corpus} if kind is online else {}
     flags = [f"--{name}={value}" for name, value in own.items()]
     flags += [*args.flags, *ROWS[row]["flags"].split()]
-    method = "--method" in flags
-    s = talas.parse_settings(flags, baselines.Settings if method else talas.Settings)
-    kind = KINDS.get(row, baselines.Baseline if method else talas.Objective)
+    settings = baselines.Settings if kind is baselines.Baseline else talas.Settings
+    s = online.parse_settings(flags) if kind is online else talas.parse_settings(flags, settings)
     check_settings(s)
     entry = {"pair": pair, "row": row, "seed": seed, "data": Path(args.data).name}
     entry["settings"] = None if row in UNTRAINED else portable(asdict(s))

@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SENTENCES
+from conftest import ROOT, SENTENCES, small_bert
 from scipy.stats import spearmanr
 from transformers import AutoTokenizer, BertModel
 
 import talas
 from cache_teacher import load_cache
-from study import baselines, bench, geometry, report, results, run
+from study import baselines, bench, geometry, online, report, results, run
 from support.encoder import Corpus
 from support.loading import load_encoder
 
@@ -119,6 +119,17 @@ def test_an_interrupted_run_goes_on_from_its_last_epoch(pair_b, trained, tmp_pat
     assert found["B/stella/42"]["settings"]["method"] == "stella"
 
 
+def test_an_online_row_runs_the_model_and_makes_no_cache(pair_b, tmp_path):
+    small_bert(tmp_path / "mpnet", seed=1, hidden_size=48)
+    run.main([*pair_b, "--rows", "emo", "--each_epoch"])
+    ((key, found),) = results.read_json(tmp_path / "results.json").items()
+    wanted = {"teacher": "mpnet", "method": "emo", "warmup_ratio": 0.1, "epochs": 2}
+    assert key == "B/emo/42" and wanted.items() <= found["settings"].items()
+    assert found["teacher"] == "mpnet" and found["scores"]["avg"] > 0
+    assert not list((tmp_path / "runs").glob("*.pt"))
+    assert (tmp_path / "runs/B-emo-42/epochs/2/model.safetensors").exists()
+
+
 def test_a_row_is_what_its_name_says():
     expected = """S optimizer=adamw lambda2=0 lambda3=0, T optimizer=adamw lambda1=0 lambda3=0,
         ST optimizer=adamw lambda3=0, STL optimizer=adamw, TLA lambda1=0, STA lambda3=0, STLA,
@@ -127,10 +138,14 @@ def test_a_row_is_what_its_name_says():
         STLA-K-1 anchored_layers=1, STLA-K-3 anchored_layers=3, distill, stella method=stella,
         STL-lambda3-0.1 optimizer=adamw lambda3=0.1, STL-lambda3-10 optimizer=adamw lambda3=10,
         STL-detach_guide optimizer=adamw detach_guide=True, distill-mse distance=mse,
-        distillcse method=distillcse"""
+        distillcse method=distillcse, cdm teacher_dtype=bfloat16,
+        dskd method=dskd teacher_dtype=bfloat16, emo method=emo teacher_dtype=bfloat16,
+        cdm-sentences mse=sentences teacher_dtype=bfloat16,
+        dskd-sentences method=dskd mse=sentences teacher_dtype=bfloat16"""
     for row, *wanted in map(str.split, expected.split(",")):
         flags = results.ROWS[row]["flags"].split()
         kind = baselines.Settings if "--method" in flags else talas.Settings
+        kind = online.Settings if row.split("-")[0] in online.OWN else kind
         s = talas.parse_settings(["--student", "x", *flags], kind)
         changed = asdict(s).items() - asdict(kind(student="x")).items()
         assert {f"{name}={value}".removesuffix(".0") for name, value in changed} == {*wanted}, row
@@ -249,13 +264,12 @@ def test_a_ratio_is_the_first_sides_time_to_the_seconds(monkeypatch):
         return step
 
     batches = range(bench.WARM_UP + 3)
-    assert bench.in_turn(taking(3), taking(2), batches, CPU) == (1.5, 3000, 2000)
+    assert bench.in_turn([taking(3), taking(2)], batches, CPU) == [[3000, 2000]] * 3
     assert order[:6] == [2, 3, 3, 2, 2, 3]
     sides = {key: f"{row['first']}/{row['second']}" for key, row in results.BENCH.items()}
-    wanted = {"asam": "talas/adamw", "simcse": "adamw/simcse", "distill": "distill/adamw"}
-    wanted |= {"stella": "stella/adamw", "distillcse": "distillcse/adamw", "plain": "talas/plain"}
+    wanted = {"asam": "talas/adamw", "simcse": "adamw/simcse", "plain": "talas/plain"}
     wanted |= {"released": "released/talas", "bfloat16": "released/bfloat16", "memory": "/"}
-    assert sides == wanted | {"caching": "library/encode"}
+    assert sides == wanted | {"caching": "library/encode", "table3": "online/"}
 
 
 def test_each_side_does_what_its_name_says(bert, cache, monkeypatch, tmp_path):
@@ -273,9 +287,10 @@ def test_each_side_does_what_its_name_says(bert, cache, monkeypatch, tmp_path):
     for name, count, wanted in [  # sentences that go through the student in a step, and its losses
         ("talas", 128, gap), ("plain", 128, gap), ("bfloat16", 128, gap), ("adamw", 64, terms),
         ("simcse", 64, {"simcse", "loss"}), ("distill", 32, cse), ("stella", 32, cse),
-        ("distillcse", 64, cse | {"simcse"}),
+        ("distillcse", 64, cse | {"simcse"}), ("dskd", 96, cse | {"simcse"}),
     ]:  # fmt: skip
-        one = bench.side(name, load_cache(str(cache)), SimpleNamespace(student=str(bert)), CPU)
+        asked = SimpleNamespace(student=str(bert), teacher=str(bert))  # whose 32 sentences count
+        one = bench.side(name, load_cache(str(cache)), asked, CPU)
         sizes.clear()
         one(torch.arange(32))
         assert (sum(n for n, _ in sizes), values[-1].keys()) == (count, wanted), name
@@ -291,11 +306,23 @@ def test_each_side_does_what_its_name_says(bert, cache, monkeypatch, tmp_path):
     assert other(SENTENCES[:32], batch[1])[0].item() == pytest.approx(expected, rel=1e-5)
     monkeypatch.setattr(bench, "WARM_UP", 0)
     flags = ["--cache", str(cache), "--student", str(bert), "--results", str(tmp_path / "r.json")]
-    bench.main([*flags, "--turns", "1", "--device", "cpu", "--rows", "distill", "memory"])
+    bench.main([*flags, "--turns", "1", "--device", "cpu", "--rows", "simcse", "memory"])
     ((key, found),) = results.read_json(tmp_path / "r.json").items()
-    assert key == "bench/bert/cpu" and list(found["rows"]) == ["distill", "memory"]
+    assert key == "bench/bert/cpu" and list(found["rows"]) == ["simcse", "memory"]
     assert found["rows"]["memory"]["ratio"] == pytest.approx(1.0, abs=0.1)  # one copy of w
     assert len(report.tables({key: found})["bench-bert-cpu"][1]) == 2
+    bench.main(
+        [*flags, "--turns", "1", "--device", "cpu", "--rows", "table3", "--teacher", str(bert)]
+    )
+    found = results.read_json(tmp_path / "r.json")[key]
+    mb = sum(p.numel() for p in student.model.parameters()) / 2**18
+    for name, side in found["table3"].items():
+        teacher = mb / 2 if name in ("cdm", "dskd", "emo", "cached") else 0  # in bfloat16
+        assert side["teacher"] == pytest.approx(teacher) and side["ms"] > 0
+        if name != "cached":  # gradients, two moments and a copy for ASAM at least
+            copies = 3 + (name == "talas")
+            assert side["student"] == pytest.approx(mb) and side["rest"] > 0.9 * copies * mb
+    assert list(found["table3"]) == list(results.TABLE3) and len(found["rows"]) == 2
 
 
 # -------------------------------------------------------------------------------------- the tables
@@ -336,6 +363,13 @@ def test_the_tables_by_hand():
         ["SimCSE and LASD: STL − T", "+1.96, -0.27, +3.00", "+1.50 ± 1.41"],
         ["A fixed guide in LASD: STL-detach_guide − STL", "", "-69.50"],
     ]
+    more = {"a": entry("STLA", 1, 1.0, 70.0), "b": entry("cdm", 1, 1.0, 62.5), "c": BEFORE}
+    assert report.tables(more)["methods"][1][1] == [
+        "TALAS over CDM: STLA − cdm", "+5.28, +4.65, +5.91", "+4.51, +4.78, +6.17", "+7.50",
+    ]  # fmt: skip
+    sides = {"talas": {"ms": 400.0}, "adamw": {"ms": 200.0}, "emo": {"ms": 1000.0, "rest": 7.0}}
+    cost = report.tables({"bench/x/cpu": {"rows": {}, "table3": sides}})["cost-x-cpu"][1]
+    assert cost[2] == ["EMO", "1000", "5.00", "6.27", "2.50", "3.26", "", "", "7"]  # 1223 / 195
     rows = [["T", "1.00", "–"], ["STL", "4.00", "3.00"]]
     assert found["sharpness-B"] == (["after epoch", "5", "10"], rows)
 
