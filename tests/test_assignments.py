@@ -64,6 +64,7 @@ def test_a_mistake_of_the_teacher_is_one_line(tmp_path, ends_with_one_line):
     ends_with_one_line(lambda: make.main([str(tmp_path)]), "exists")
     ends_with_one_line(lambda: make.main([str(inside)]), "in a folder that is copied")
     ends_with_one_line(lambda: grade.main(["--json", str(missing)]), "folder that exists")
+    ends_with_one_line(lambda: make.main(["--measure", str(missing)]), "folder that exists")
     ends_with_one_line(lambda: grade.main(["8"]), "no exercise 8")
     assert not list(tmp_path.iterdir()) and not inside.exists()
 
@@ -81,10 +82,9 @@ def alone(folder, *arguments):
 
     def action():
         os.chdir(folder)
-        ours = ("checks", "cache_teacher", "support", "demo")
+        ours = (str(make.ROOT), str(make.HERE), "checks", "cache_teacher", "support", "demo")
         for name in [name for name in sys.modules if name.split(".")[0] in ours]:
             del sys.modules[name]
-        ours = (str(make.ROOT), str(make.HERE))
         sys.path[:] = [folder, *(path for path in sys.path if path not in ours)]
         sys.argv, sys.stdout = list(arguments), open(os.devnull, "w")
         runpy.run_path(arguments[0], run_name="__main__")
@@ -117,7 +117,7 @@ def test_gradescopes_zip_gives_the_solution_100_points_and_no_upload_0(tmp_path)
     assert calls[2][1:4] == ["grade.py", "--leaderboard", str(tmp_path / "submission/student")]
 
 
-def test_the_leaderboard_has_the_avg_of_eval(tmp_path, bert, monkeypatch, ends_with_one_line):
+def test_the_leaderboard_has_evals_avg(tmp_path, bert, monkeypatch, capsys, ends_with_one_line):
     """Of a student within the budget, which is that of the demo's default run."""
     corpus = (make.ROOT / "demo/corpus.jsonl").read_text("utf-8").splitlines()
     steps = len(corpus) // talas.Settings.batch_size * tiny.SETTINGS["epochs"]
@@ -135,10 +135,11 @@ def test_the_leaderboard_has_the_avg_of_eval(tmp_path, bert, monkeypatch, ends_w
             ends_with_one_line(lambda: grade.main(flags), f"{last} steps of {batch} sentences")
     results.write_text('{"tests": []}')
     grade.main(flags)
+    printed = json.loads(capsys.readouterr().out)
     evaluation.main([str(bert), "--data", str(tmp_path / "demo"), "--json", str(scores)])
     avg = round(json.loads(scores.read_text())[str(bert)]["avg"], 2)
-    board = [{"name": "Avg", "value": avg}]
-    assert json.loads(results.read_text()) == {"tests": [], "leaderboard": board}
+    assert printed == [{"name": "Avg", "value": avg}]
+    assert json.loads(results.read_text()) == {"tests": [], "leaderboard": printed}
 
 
 def test_the_key_has_three_seeds_and_what_the_grader_says(tmp_path):

@@ -1,7 +1,7 @@
-"""What talas.py must do: checks.json has each check's points and hint, and worked values.
+"""What talas.py must do: checks.json has each check's points and hint, and its worked values.
 
-The values are worked out on paper; those of random inputs by a loop in float64. What is more than
-a value is a function here: a class an exercise, a function a check.
+These are worked out on paper, or, of random inputs, by a loop in float64. What is more than a
+value is a function of the class Code.
 """
 
 import json

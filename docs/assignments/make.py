@@ -25,7 +25,7 @@ sys.path.append(str(ROOT))
 
 import grade  # noqa: E402
 
-from support.files import write_json  # noqa: E402
+from support.files import check_output, write_json  # noqa: E402
 from support.run import cost, read_metrics  # noqa: E402
 
 BODIES = "tamd_gradient asam_ascent tamd_loss relation_matrix lasd_loss simcse_loss ASAM"
@@ -41,8 +41,7 @@ SEEDS, SAYS = ("--seed 42", "--seed 43", "--seed 44"), "the grader says"
 def solution():
     """talas.py, and in it exercise 0, whose solution is in key.md."""
     derivation = re.search(r"```python\n(.*?)```", read(HERE / "key.md"), re.S)[1]
-    place = "def tamd_loss("
-    return read(ROOT / "talas.py").replace(place, f"{derivation}\n\n{place}", 1)
+    return read(ROOT / "talas.py").replace("def tamd_loss(", f"{derivation}\n\ndef tamd_loss(", 1)
 
 
 def without_solutions(source):
@@ -98,7 +97,7 @@ def filled(cell):
 
 
 def says(file, old, new):
-    """What the grader says to the solution with `new` for `old`, written to a file: what is lost"""
+    """Write the solution with `new` for `old` to a file; returns what the grader says to that."""
     file.write_text(solution().replace(old, new), "utf-8")
     grade.SUBMISSION, tried = file, grade.checks.CHECKS[:-1]  # not the demo
     talas = grade.load()
@@ -125,6 +124,7 @@ def key(out):
 
 def measure(file):
     """Train and score the demo for the key's tables, three seeds each; a run in FILE is kept."""
+    check_output("--measure", str(file))
     found, rows = json.loads(read(file)) if file.exists() else {}, {}
     filled(lambda code, name: rows.setdefault(tuple(code), set()).add(name) or "")
     with tempfile.TemporaryDirectory() as folder:
