@@ -102,11 +102,9 @@ def load_cache(path, needed=True):
         texts, sources, *_ = unique_corpus(path)
         cache = {"sentences": texts, "sources": sources, "embeddings": torch.zeros(len(texts), 0)}
         return cache | {"teacher": None, "fingerprint": fingerprint(texts)}
-    if not Path(path).exists():
-        how = (
-            f"--output {path}" if path.endswith(".pt") else f"--teacher {path} --output teacher.pt"
-        )
-        fail(f"no teacher cache at {path}; make one: python cache_teacher.py {how}")
+    if not Path(path).exists() or path.endswith(".npy"):
+        own = f"--output {path}" if path.endswith(".pt") else f"--teacher {path}"
+        fail(f"{path} is no teacher cache; make one: python cache_teacher.py {own}")
     cache = load(path)
     missing = [key for key in (*KEYS, "version") if not isinstance(cache, dict) or key not in cache]
     if missing:

@@ -28,8 +28,20 @@ MAY_BE_0 = ("group_p", "margin", "cosine_weight", "similarity_weight", "relative
 
 
 @dataclass(frozen=True)
-class Settings(talas.Settings):
-    """Those of talas.py but for TALAS's own, and each method's, which the others do not read."""
+class Common(talas.Settings):
+    """Those of talas.py, without flags for TALAS's own; online.py's, too."""
+
+    optimizer: Literal["asam", "sam", "adamw"] = HfArg(default="adamw", help="Eqs. 2-9")
+    lambda3: float = field(default=0.0, init=False)
+    anchored_layers: int = field(default=1, init=False)
+    lasd_layers: int = field(default=0, init=False)
+    detach_guide: bool = field(default=False, init=False)
+    disam_lambda: float = field(default=0.0, init=False)
+
+
+@dataclass(frozen=True)
+class Settings(Common):
+    """The common ones, and each method's, which the others do not read."""
 
     method: Literal["distill", "stella", "distillcse"] = HfArg(default="distill", help="which")
     distance: Literal["cosine", "mse"] = HfArg(default="cosine", help="distill's, to the teacher")
@@ -42,14 +54,8 @@ class Settings(talas.Settings):
     student_temperature: float = HfArg(default=0.025, help="distillcse's, of the student's softmax")
     teacher_temperature: float = HfArg(default=0.0125, help="distillcse's, of the teacher's")
     group_p: float = HfArg(default=0.1, help="distillcse's groups; 0: no shuffling")
-    optimizer: Literal["asam", "sam", "adamw"] = HfArg(default="adamw", help="Eqs. 2-9")
-    lambda1: float = field(default=0.0, init=False)  # TALAS's alone, no flags here;
-    lambda2: float = field(default=1.0, init=False)  # so set, talas.py reads targets, makes one W
-    lambda3: float = field(default=0.0, init=False)
-    anchored_layers: int = field(default=1, init=False)
-    lasd_layers: int = field(default=0, init=False)
-    detach_guide: bool = field(default=False, init=False)
-    disam_lambda: float = field(default=0.0, init=False)
+    lambda1: float = field(default=0.0, init=False)  # so talas.py reads targets, makes one W
+    lambda2: float = field(default=1.0, init=False)
 
 
 def distill_loss(e, teacher, distance):

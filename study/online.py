@@ -23,6 +23,7 @@ from transformers.hf_argparser import HfArg
 
 import talas
 from cache_teacher import DTYPES, load_cache
+from study import baselines
 from support import fail
 from support.encoder import Corpus, forward, pad, pool, rehearse, tokenize
 from support.files import digest
@@ -41,8 +42,8 @@ MATRICES["dskd"] |= {"v_T": "TS", "q_T": "TA", "k_S": "SA", "v_S": "ST"}
 
 
 @dataclass(frozen=True)
-class Settings(talas.Settings):
-    """Those of talas.py but for TALAS's own, and the online teacher's."""
+class Settings(baselines.Common):
+    """The common ones, and the online teacher's."""
 
     teacher: str = HfArg(default="", help="Hub id or directory of the model that runs online")
     corpus: str = HfArg(default="demo", help="as cache_teacher.py has it")
@@ -50,15 +51,9 @@ class Settings(talas.Settings):
     mse: Literal["elements", "sentences"] = HfArg(default="elements", help="mean of numbers, rows")
     teacher_dtype: Literal[tuple(DTYPES)] = HfArg(default="float32", help="of its weights")
     teacher_pooling: Literal["auto", "cls", "mean", "last"] = HfArg(default="auto", help="its own")
-    optimizer: Literal["asam", "sam", "adamw"] = HfArg(default="adamw", help="Eqs. 2-9")
     precision: str = field(default="float32", init=False)
-    lambda1: float = field(default=1.0, init=False)  # TALAS's alone, no flags here;
-    lambda2: float = field(default=0.0, init=False)  # so set, only what SimCSE needs is checked
-    lambda3: float = field(default=0.0, init=False)
-    anchored_layers: int = field(default=1, init=False)
-    lasd_layers: int = field(default=0, init=False)
-    detach_guide: bool = field(default=False, init=False)
-    disam_lambda: float = field(default=0.0, init=False)
+    lambda1: float = field(default=1.0, init=False)  # so only what SimCSE needs is checked
+    lambda2: float = field(default=0.0, init=False)
 
 
 # ------------------------------------------------------------------ which token stands for which

@@ -30,7 +30,7 @@ def colour_of(row, names=()):
 
 
 def draw(path, panels, **style):
-    """A picture of panels side by side: {title: {row: {x: y}}}, a line or marks a row."""
+    """Panels below one another, for a narrow page: {title: {row: {x: y}}}; a line or marks a row."""
     if not find_spec("matplotlib"):
         fail("the plots need matplotlib: pip install matplotlib==3.11.2")
     import matplotlib
@@ -39,25 +39,25 @@ def draw(path, panels, **style):
     import matplotlib.pyplot as plt
 
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    plt.rcParams |= dict.fromkeys(inked, GREY) | {"font.size": 9, "svg.fonttype": "none"}
+    plt.rcParams |= dict.fromkeys(inked, GREY) | {"font.size": 11, "svg.fonttype": "none"}
     plt.rcParams |= {"svg.hashsalt": "talas", "font.family": "sans-serif"}
-    how = {"figsize": (max(9, 3 * len(panels)), 3.2), "layout": "constrained", "squeeze": False}
-    picture, axes = plt.subplots(1, len(panels), **how)
+    how = {"figsize": (5, 0.8 + 2.4 * len(panels)), "layout": "constrained", "squeeze": False}
+    picture, axes = plt.subplots(len(panels), 1, **how)
     names = dict.fromkeys(row for rows in panels.values() for row in rows)
-    for axis, (title, rows) in zip(axes[0], panels.items()):
+    for (axis,), (title, rows) in zip(axes, panels.items()):
         if "marker" in style:  # a thin line through the marks of a column
             columns = list(zip(*(points.values() for points in rows.values())))
             ends = list(map(min, columns)), list(map(max, columns))
             axis.vlines(list(next(iter(rows.values()))), *ends, color=GREY, lw=0.5)
+            axis.tick_params("x", rotation=40)
         for row, points in rows.items():
             axis.plot(*zip(*points.items()), color=colour_of(row, names), label=row, **style)
         axis.set(title=title, xlabel="" if "marker" in style else "step")
         axis.patch.set_alpha(0)
         axis.spines[["top", "right"]].set_visible(False)
-    fullest = max(axes[0], key=lambda axis: len(axis.lines))
-    picture.legend(
-        handles=fullest.lines, loc="outside right center", frameon=False, labelcolor=GREY
-    )
+    fullest = max(axes[:, 0], key=lambda axis: len(axis.lines))
+    where = {"loc": "outside lower center", "ncols": 3, "frameon": False}
+    picture.legend(handles=fullest.lines, labelcolor=GREY, **where)
     svg = {"metadata": {"Date": None}} if str(path).endswith(".svg") else {}
     with attempt(f"write {path}"):
         picture.savefig(path, transparent=True, **svg)

@@ -167,7 +167,8 @@ def load_hub_split(task, split):
     datasets.disable_progress_bars()
     name, config, revision, theirs, ours = HUB[task]
     theirs, ours = theirs.split(), ours.split()
-    with attempt(f"load {task} ({name}, {split}) from the Hub; a folder works offline"):
+    instead = "your own file (--corpus) or folder (--data) works offline"
+    with attempt(f"load {task} ({name}, {split}) from the Hub; {instead}"):
         data = datasets.load_dataset(name, config, split=split, revision=revision)
     if missing := set(theirs) - set(data.column_names):
         fail(f"{name} has no column {missing}; it has {', '.join(data.column_names)}")
