@@ -30,7 +30,7 @@ def colour_of(row, names=()):
 
 
 def draw(path, panels, **style):
-    """Panels below one another, for a narrow page: {title: {row: {x: y}}}; a line or marks a row."""
+    """Panels one below another, for a narrow page: {title: {row: {x: y}}}; lines, or marks."""
     if not find_spec("matplotlib"):
         fail("the plots need matplotlib: pip install matplotlib==3.11.2")
     import matplotlib
