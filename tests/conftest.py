@@ -39,15 +39,35 @@ SENTENCES = [  # 48, of five lengths
     for i, (who, does, what, where) in enumerate(product(*map(str.split, WORDS)))
 ]
 SOURCES = ["a", "b", "a"] * 16  # two domains, unlike in size
-sentences = pytest.fixture(lambda: list(SENTENCES), name="sentences")
+
+
+def put(folder, files):
+    """Write files: bytes, text, rows of a .jsonl, JSON; change a JSON file's keys (a dict).
+
+    What can be called writes the file itself; None deletes it.
+    """
+    for name, content in files.items():
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if callable(content):
+            content(path)
+            continue
+        if isinstance(content, dict) and path.exists():
+            content = json.loads(path.read_text()) | content
+        if isinstance(content, list) and path.suffix == ".jsonl":
+            content = "\n".join(map(json.dumps, content))
+        elif isinstance(content, (dict, list)):
+            content = json.dumps(content)
+        raw = content.encode() if isinstance(content, str) else content
+        path.unlink() if raw is None else path.write_bytes(raw)
+    return folder
 
 
 @pytest.fixture
 def corpus(tmp_path):
     """A .jsonl file of the 48 sentences, from two sources."""
     rows = [{"text": text, "source": source} for text, source in zip(SENTENCES, SOURCES)]
-    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return tmp_path / "corpus.jsonl"
+    return put(tmp_path, {"corpus.jsonl": rows}) / "corpus.jsonl"
 
 
 def small_cache(path):
@@ -78,9 +98,8 @@ def small_bert(folder, seed=0, **config):
         words = student.tokenizer.get_vocab_size()
         BertModel(BertConfig(vocab_size=words, **(SIZES | config))).save_pretrained(folder)
     about = json.loads(student.files["tokenizer_config.json"]) | {"model_max_length": 64}
-    Path(folder, "tokenizer_config.json").write_text(json.dumps(about))
-    Path(folder, "tokenizer.json").write_bytes(student.files["tokenizer.json"])
-    return folder
+    tokens = student.files["tokenizer.json"]
+    return put(folder, {"tokenizer_config.json": about, "tokenizer.json": tokens})
 
 
 built_once = once(lambda: small_bert(Path(HOME.name, "bert")))
@@ -90,6 +109,19 @@ built_once = once(lambda: small_bert(Path(HOME.name, "bert")))
 def bert(tmp_path):
     """A directory with a small BERT of 3 layers and 32 dimensions."""
     return shutil.copytree(built_once(), tmp_path / "bert")
+
+
+@pytest.fixture
+def here(tmp_path, corpus, cache, bert, monkeypatch):
+    """The current folder, with corpus.jsonl, teacher.pt and bert."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def metrics(folder):
+    """The lines of metrics.jsonl: those of steps, those of epochs."""
+    lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return [[line for line in lines if ("end_of_epoch" in line) == e] for e in (False, True)]
 
 
 @pytest.fixture
@@ -148,3 +180,60 @@ def in_two_processes(action):
             elif time.monotonic() > deadline:
                 os.kill(pid, signal.SIGKILL)
     return [codes[pid] for pid in pids]
+
+
+# -------------------------------------------------- the paper once more, in plain PyTorch
+def rows(*shape, seed=0, dtype=torch.float64):
+    """Random numbers of that seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def cosines(a, b):
+    """Of each row of (n, d) with each row of (m, d): (n, m)."""
+    return a @ b.T / a.norm(dim=1)[:, None] / b.norm(dim=1)
+
+
+def plain_tamd(layers, projections, teacher):
+    """Eq. 3."""
+    pairs = zip(layers, projections, strict=True)
+    return torch.stack([1 - cosines(E @ W, teacher).diag() for E, W in pairs]).mean()
+
+
+def plain_lasd(layers, detach_guide=False):
+    """Eqs. 4-5."""
+    R = [cosines(E, E) for E in layers]
+    guides = [r.detach() if detach_guide else r for r in R[1:]]
+    return sum(((up - low) ** 2).sum() / len(low) ** 2 for up, low in zip(guides, R)) / len(guides)
+
+
+def plain_simcse(z, z_prime, tau):
+    """Eq. 6."""
+    likeness = torch.exp(cosines(z, z_prime) / tau)
+    return -torch.log(likeness.diag() / likeness.sum(1)).mean()
+
+
+def plain_total(layers, projections, teacher, s):
+    """Eq. 7 and its terms, of all L of (2, N, d_S): both views for SimCSE, the first for others."""
+    first = [E[0] for E in layers]
+    terms = {
+        "simcse": plain_simcse(*layers[-1], s.temperature),
+        "tamd": plain_tamd(first[len(first) - len(projections) :], projections, teacher),
+        "lasd": plain_lasd(first[-s.lasd_layers :], s.detach_guide),  # 0: all
+    }
+    weights = s.lambda1, s.lambda2, s.lambda3
+    return sum(weight * term for weight, term in zip(weights, terms.values())), terms
+
+
+def plain_perturbed(w, gradient, loss, rho, eta):
+    """Eqs. 2 and 9: the gradient of loss() at w + ε̂, and the loss there; w stays. eta None: SAM."""
+    saved = [p.detach().clone() for p in w]
+    T = [torch.ones_like(p) if eta is None else p.abs() + eta for p in saved]
+    norm = torch.sqrt(sum(((t * g) ** 2).sum() for t, g in zip(T, gradient)))
+    for p, t, g in zip(w, T, gradient):
+        p.data += rho * t**2 * g / norm
+    perturbed = loss()
+    gradient = torch.autograd.grad(perturbed, w)
+    for p, before in zip(w, saved):
+        p.data = before
+    return gradient, perturbed
