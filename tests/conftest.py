@@ -10,7 +10,7 @@ import tempfile
 import time
 import traceback
 from functools import cache as once
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 
 # No test writes to the user's home, asks the network or a GPU.
@@ -28,6 +28,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+import talas
 from cache_teacher import fingerprint
 from demo.tiny import tiny_student
 
@@ -138,6 +139,17 @@ def ends_with_one_line(capsys):
         assert all(word in error for word in words), error
 
     return check
+
+
+def before_each_step(do, patch=None):
+    """From here on, do(n, objective) happens before the n-th training step."""
+    numbers, step = count(1), talas.training_step
+
+    def watched(objective, *rest):
+        do(next(numbers), objective)
+        return step(objective, *rest)
+
+    (patch or pytest.MonkeyPatch()).setattr(talas, "training_step", watched)
 
 
 def start_process(action, **environment):
