@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import HOME, SENTENCES
+from conftest import HOME, SENTENCES, put
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from support.encoder import Corpus, encode, pad, pool, pooled_layers, rehearse, tokenize
+import talas
+from support.encoder import Corpus, encode, pad, pooled_layers, rehearse, tokenize
 from support.encoder import save_encoder as save
 from support.loading import load_encoder as load
 from support.run import check_fit
-from talas import Settings
 
 TEXTS = [*SENTENCES[:8], "The DOOR, a boat", "rose"]
 WORDS = "tokenizer_config.json"
@@ -47,11 +47,8 @@ def tokenizer(algorithm, names, template="", normalizer=None):
         split = pre_tokenizers.ByteLevel(add_prefix_space=False)
         how |= {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "vocab_size": 350}
     else:
-        model, trainer, split = (
-            models.Unigram(),
-            trainers.UnigramTrainer,
-            pre_tokenizers.Metaspace(),
-        )
+        model, trainer = models.Unigram(), trainers.UnigramTrainer
+        split = pre_tokenizers.Metaspace()
         how |= {"unk_token": names["unk"]}
     made = Tokenizer(model)
     made.pre_tokenizer, made.normalizer = split, normalizer
@@ -117,18 +114,6 @@ def built(kind):
     return build(Path(HOME.name, f"models-{kind}"), kind, config, *tokenizer(*how), **more)
 
 
-def put(folder, files):
-    """Change keys of JSON files (a dict), write files (bytes, a list), delete them (None)."""
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(exist_ok=True)
-        if isinstance(content, dict) and path.exists():
-            content = json.loads(path.read_text()) | content
-        raw = content if isinstance(content, bytes) else json.dumps(content).encode()
-        path.unlink() if content is None else path.write_bytes(raw)
-    return folder
-
-
 def embed(encoder, texts=TEXTS):
     return encode(encoder, tokenize(encoder, texts), batch_size=3)
 
@@ -172,6 +157,14 @@ def close(a, b):
 
 
 # --------------------------------------------------------------------- embeddings, there and back
+def rehearsed(folder, *how):
+    """(encoder, its corpus) after what is tried before a training."""
+    encoder, cache = load(folder, *how), {"sentences": TEXTS, "sources": ["a"] * 10}
+    corpus = Corpus(cache | {"embeddings": torch.zeros(10, 0)}, encoder)
+    rehearse(encoder, corpus, two_views=True)
+    return encoder, corpus
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_embeddings_are_those_of_one_sentence_at_a_time(kind, ends_with_one_line, capsys):
     folder, pooling = built(kind), KINDS[kind][2]
@@ -184,17 +177,10 @@ def test_embeddings_are_those_of_one_sentence_at_a_time(kind, ends_with_one_line
         ends_with_one_line(lambda: load(folder, "cls"), "decoder", "--pooling last")
     for way in {"last", "mean", pooling} - {"not certain"}:
         encoder = load(folder, way)
+        encoder.model.train()  # embedded without dropout all the same
         assert ids_of(encoder) == own_ids(folder)
         assert close(embed(encoder), alone(folder, way))
     assert encoder.widths == (32, 32)
-
-
-def rehearsed(folder, *how, two_views=True):
-    """(encoder, its corpus) after what is tried before a training."""
-    encoder, cache = load(folder, *how), {"sentences": TEXTS, "sources": ["a"] * 10}
-    corpus = Corpus(cache | {"embeddings": torch.zeros(10, 0)}, encoder)
-    rehearse(encoder, corpus, two_views)
-    return encoder, corpus
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -209,9 +195,7 @@ def test_what_is_saved_is_what_was_trained(kind, tmp_path):
     assert close(embed(again), expected) and close(alone(tmp_path, again.pooling), expected)
     assert AutoTokenizer.from_pretrained(tmp_path)(TEXTS)["input_ids"] == own_ids(built(kind))
     for name in ("tokenizer.json", WORDS):  # as they were, but for a token to pad with
-        there, kept = (
-            json.loads((folder / name).read_bytes()) for folder in (built(kind), tmp_path)
-        )
+        there, kept = (json.loads(Path(x, name).read_bytes()) for x in (built(kind), tmp_path))
         pads = name == WORDS and KINDS[kind][0] == GPT
         assert kept == there | ({"pad_token": "<|end|>"} if pads else {})
     assert close(by_the_library(tmp_path), expected)
@@ -232,37 +216,16 @@ def test_a_long_sentence_is_cut_where_the_positions_end(kind, tmp_path, capsys):
     assert load(put(shutil.copytree(built(kind), tmp_path / "m"), {WORDS: told})).max_length == 40
 
 
-def test_encoding_is_in_evaluation_mode_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    encoder, part = load(built("bert")), tmp_path / "part"
-    encoder.model.train()
-    expected, tokens = embed(encoder), tokenize(encoder, TEXTS)
-    assert close(expected, alone(built("bert"), "cls"))
-    forward, calls = encoder.model.forward, []
-
-    def stops(*, input_ids, attention_mask):
-        calls.append(len(input_ids))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return forward(input_ids, attention_mask)
-
-    monkeypatch.setattr(encoder.model, "forward", stops)
-    with pytest.raises(KeyboardInterrupt):
-        encode(encoder, tokens, 3, part=part)
-    np.memmap(part, np.float32, "r+", shape=(10, 33))[4, 32] = 0  # it went in the middle of a batch
-    assert torch.equal(encode(encoder, tokens, 3, part=part), expected)
-    assert calls == [3, 3, 3, 3, 3, 1]
-
-
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
 def test_padding_on_either_side_and_half_precision(pooling):
     states = 1000 * torch.rand(2000, 4).half()
     expected = {"cls": states[0], "last": states[-1], "mean": states.double().mean(0)}[pooling]
     batch, mask = torch.full((2, 2100, 4), 6e4).half(), torch.zeros(2, 2100).long()
     batch[0, :2000], mask[0, :2000], batch[1, 100:], mask[1, 100:] = states, 1, states, 1
-    found = pool(batch, mask, pooling)
+    found = talas.pool(batch, mask, pooling)
     assert found.dtype == torch.float16
     torch.testing.assert_close(found.double(), expected.expand(2, 4).double(), rtol=2e-3, atol=0)
-    pytest.raises(ValueError, pool, batch, mask, "max")
+    pytest.raises(ValueError, talas.pool, batch, mask, "max")
 
 
 def test_batches_and_slices_keep_their_order(bert):
@@ -491,20 +454,12 @@ def test_neither_a_pooler_nor_float32_weights_are_needed(bert, ends_with_one_lin
     ends_with_one_line(lambda: load(bert), "--resume")
 
 
-def test_views_without_dropout_are_said_to_be_the_same(bert, capsys):
-    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    for change, two_views, said in (({}, True, False), (none, True, True), (none, False, False)):
-        rehearsed(put(bert, {"config.json": change}), two_views=two_views)
-        assert ("no dropout: the two views" in capsys.readouterr().out) == said
-    assert load(put(bert, {"config.json": {"is_decoder": True}})).pooling == "last"
-
-
 def test_a_student_of_unlike_widths_is_refused(tmp_path, ends_with_one_line):
     how, config, _ = KINDS["opt"]
     build(tmp_path, "opt", config | {"word_embed_proj_dim": 16}, *tokenizer(*how), **FAST)
     encoder, corpus = rehearsed(tmp_path)
     assert encoder.dimensions == 16 and close(embed(encoder), alone(tmp_path, "last"))
-    s = Settings(batch_size=2)
+    s = talas.Settings(batch_size=2)
     ends_with_one_line(lambda: check_fit(s, encoder, corpus), "unlike widths, (32, 16)")
 
 
@@ -515,6 +470,7 @@ def test_settings_of_how_a_model_runs_change_nothing(bert, tmp_path):
     assert torch.equal(embed(encoder), expected)
     save(tmp_path / "s", encoder)
     assert torch.equal(embed(load(tmp_path / "s")), expected)
+    assert load(put(bert, {"config.json": {"is_decoder": True}})).pooling == "last"
 
 
 def test_what_was_downloaded_runs_without_a_network(bert, ends_with_one_line, monkeypatch):
