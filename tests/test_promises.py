@@ -1,6 +1,5 @@
 """Plausible mistakes get one line, files are whole or absent, and no input is written over."""
 
-import json
 import os
 import shutil
 import signal
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SENTENCES, in_a_process
+from conftest import SENTENCES, in_a_process, put
 
 import cache_teacher
 import eval as evaluation
@@ -111,22 +110,10 @@ MISTAKES = [  # a script and its flags, words of the answer between "|", files t
 
 
 @pytest.fixture
-def work(tmp_path, corpus, cache, bert, monkeypatch):
+def work(here):
     """The current folder, with corpus.jsonl, teacher.pt, bert and a task."""
     rows = [PAIR | {"sentence2": text, "score": i} for i, text in enumerate(SENTENCES)]
-    put(tmp_path / "data/sts/test.jsonl", rows)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def put(path, content):
-    """Make a file of text, bytes or rows; or call what makes it."""
-    path.parent.mkdir(exist_ok=True, parents=True)
-    if callable(content):
-        return content(path)
-    if isinstance(content, list):
-        content = "".join(json.dumps(row) + "\n" for row in content)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return put(here, {"data/sts/test.jsonl": rows})
 
 
 def run(script, *flags):
@@ -143,8 +130,7 @@ def all_of(folder):
 @pytest.mark.parametrize("row", MISTAKES, ids=lambda row: f"{row[0]}: {row[1]}")
 def test_a_plausible_mistake_is_one_line_and_changes_nothing(row, work, ends_with_one_line):
     command, words, *given = row
-    for name, content in given:
-        put(work / name, content)
+    put(work, dict(given))
     before = all_of(work)
     ends_with_one_line(lambda: run(*command.split()), *words.split("|"))
     assert all_of(work) == before
