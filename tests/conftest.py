@@ -7,7 +7,6 @@ import signal
 import socket
 import sys
 import tempfile
-import time
 import traceback
 from functools import cache as once
 from itertools import count, product
@@ -158,6 +157,7 @@ def start_process(action, **environment):
         pytest.skip("needs Linux's fork and signals")
     if pid := os.fork():
         return pid
+    signal.alarm(60)  # none waits for ever for another
     try:
         os.environ |= environment
         action()
@@ -181,17 +181,7 @@ def in_two_processes(action):
         port = str(free.getsockname()[1])
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     pids = [start_process(action, RANK=rank, LOCAL_RANK=rank, **where) for rank in "01"]
-    codes, deadline = {}, time.monotonic() + 60
-    while len(codes) < 2:
-        time.sleep(0.02)
-        for pid in set(pids) - codes.keys():
-            if (status := os.waitpid(pid, os.WNOHANG))[0]:
-                codes[pid] = os.waitstatus_to_exitcode(status[1])
-                if codes[pid]:  # the other has five seconds to notice
-                    deadline = time.monotonic() + 5
-            elif time.monotonic() > deadline:
-                os.kill(pid, signal.SIGKILL)
-    return [codes[pid] for pid in pids]
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
 # -------------------------------------------------- the paper once more, in plain PyTorch
