@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from tokenizers import Tokenizer
+from transformers import AutoModel, BertConfig, BertModel
 
 import talas
 from cache_teacher import fingerprint
@@ -38,6 +39,7 @@ SENTENCES = [  # 48, of five lengths
     f"The {who} {does} the {what} in the {where}{' and then home' * (i % 5)}."
     for i, (who, does, what, where) in enumerate(product(*map(str.split, WORDS)))
 ]
+TEXTS = [*SENTENCES[:8], "The DOOR, a boat", "rose"]  # a few
 SOURCES = ["a", "b", "a"] * 16  # two domains, unlike in size
 
 
@@ -116,6 +118,27 @@ def here(tmp_path, corpus, cache, bert, monkeypatch):
     """The current folder, with corpus.jsonl, teacher.pt and bert."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def own_ids(folder, texts=TEXTS, types=False):
+    """Token ids by tokenizer.json alone; or pairs of them with their token_type_ids."""
+    tokens = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+    tokens.no_padding()
+    tokens.no_truncation()
+    encoded = tokens.encode_batch(list(texts))
+    return [(row.ids, row.type_ids) if types else row.ids for row in encoded]
+
+
+@torch.no_grad()
+def alone(folder, pooling, texts=TEXTS, layer=-1):
+    """Embeddings by transformers, one sentence at a time: no padding, no mask, no batch."""
+    model, made = AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), []
+    for ids, types in own_ids(folder, texts, types=True):
+        types = {"token_type_ids": torch.tensor([types])} if any(types) else {}
+        found = model(torch.tensor([ids]), **types, output_hidden_states=True)
+        states = (found.last_hidden_state if layer == -1 else found.hidden_states[layer])[0]
+        made.append({"cls": states[0], "last": states[-1], "mean": states.mean(0)}[pooling])
+    return torch.stack(made)
 
 
 def metrics(folder):

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SENTENCES, SOURCES, in_a_process, put
+from conftest import SENTENCES, SOURCES, alone, in_a_process, put
 from scipy.stats import spearmanr
-from transformers import AutoModel, AutoTokenizer, BertModel
+from transformers import BertModel
 
 import cache_teacher
 import eval as evaluation
@@ -46,11 +46,7 @@ def test_algorithm1_line_3_caches_what_a_model_gives(pooling, dtype, tmp_path, c
     assert (cache["sentences"], cache["sources"]) == (SENTENCES, SOURCES)
     assert (cache["teacher"], cache["pooling"], cache["max_length"]) == (str(bert), pooling, 256)
     assert cache["embeddings"].dtype == (torch.float16 if dtype == "float16" else torch.float32)
-    model, tokenizer = AutoModel.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
-    with torch.no_grad():  # one sentence at a time
-        states = [model(**tokenizer(x, return_tensors="pt")).last_hidden_state for x in SENTENCES]
-    ways = {"cls": lambda h: h[0, 0], "mean": lambda h: h[0].mean(0), "last": lambda h: h[0, -1]}
-    expected = torch.stack([ways[pooling](h) for h in states])
+    expected = alone(bert, pooling, SENTENCES)
     distance = (cache["embeddings"].float() - expected).norm(dim=1) / expected.norm(dim=1)
     assert distance.max() < 1e-6 if dtype == "float32" else distance.min() > 1e-5
     assert distance.max() < 0.1

@@ -7,12 +7,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SENTENCES, put, small_bert
+from conftest import ROOT, SENTENCES, alone, put, small_bert
 from scipy.stats import pearsonr, rankdata
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, f1_score
 from test_cache_teacher import batches
-from transformers import AutoModel, AutoTokenizer
 
 import eval as evaluation
 from demo import generate
@@ -83,10 +82,7 @@ def test_macro_f1_of_unlike_classes_and_vectors_as_they_are(capsys):
 # -------------------------------------------------------------------------------- the whole script
 def by_hand(bert):
     """The scores of mean pooling: by transformers, a sentence at a time, without dropout."""
-    model, tokenizer = AutoModel.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
-    with torch.no_grad():
-        states = [model(**tokenizer(t, return_tensors="pt")).last_hidden_state for t in SENTENCES]
-    known, scores = {text: h[0].mean(0).numpy() for text, h in zip(SENTENCES, states)}, {}
+    known, scores = dict(zip(SENTENCES, alone(bert, "mean", SENTENCES).numpy())), {}
     for task in ("emotion", "a-task"):
         x, y = zip(*[(known[row["text"]], row["label"]) for row in TASKS[task]])
         found = LogisticRegression(max_iter=5000).fit(x[::2], y[::2]).predict(x[1::2])

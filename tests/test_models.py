@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import HOME, SENTENCES, put
+from conftest import HOME, SENTENCES, TEXTS, alone, own_ids, put
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -24,7 +24,6 @@ from support.encoder import save_encoder as save
 from support.loading import load_encoder as load
 from support.run import check_fit
 
-TEXTS = [*SENTENCES[:8], "The DOOR, a boat", "rose"]
 WORDS = "tokenizer_config.json"
 
 
@@ -123,26 +122,6 @@ def ids_of(encoder, texts=TEXTS):
     return [part.tolist() for part in np.split(tokens.ids, tokens.starts[1:-1])]
 
 
-def own_ids(folder, texts=TEXTS, types=False):
-    """Token ids by tokenizer.json alone; or pairs of them with their token_type_ids."""
-    tokens = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokens.no_padding()
-    tokens.no_truncation()
-    rows = tokens.encode_batch(list(texts))
-    return [(row.ids, row.type_ids) if types else row.ids for row in rows]
-
-
-@torch.no_grad()
-def alone(folder, pooling, texts=TEXTS):
-    """Embeddings by transformers, one sentence at a time: no padding, no mask, no batch."""
-    model, made = AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), []
-    for ids, types in own_ids(folder, texts, types=True):
-        types = {"token_type_ids": torch.tensor([types])} if any(types) else {}
-        states = model(torch.tensor([ids]), **types).last_hidden_state[0]
-        made.append({"cls": states[0], "last": states[-1], "mean": states.mean(0)}[pooling])
-    return torch.stack(made)
-
-
 def by_the_library(folder, texts=TEXTS):
     library = pytest.importorskip("sentence_transformers")
     model = library.SentenceTransformer(str(folder), device="cpu")
@@ -187,8 +166,10 @@ def test_embeddings_are_those_of_one_sentence_at_a_time(kind, ends_with_one_line
 def test_what_is_saved_is_what_was_trained(kind, tmp_path):
     encoder, corpus = rehearsed(built(kind), "mean" if kind == "xlnet" else "auto", 60)
     expected = embed(encoder)
-    layers = pooled_layers(encoder, corpus.batch(torch.arange(10))[0])
-    assert len(layers) == 2 and close(layers[-1], expected)
+    tokens, *_ = corpus.batch(torch.arange(10).repeat(2))  # more than a piece
+    first, last = pooled_layers(encoder, tokens)
+    assert close(first[10:], alone(built(kind), encoder.pooling, layer=1))
+    assert close(last[10:], expected) and torch.equal(last[:10], last[10:])
     save(tmp_path, encoder)
     again = load(tmp_path)
     assert (again.pooling, again.max_length) == (encoder.pooling, 60)
@@ -444,7 +425,8 @@ def test_neither_a_pooler_nor_float32_weights_are_needed(bert, ends_with_one_lin
     save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
     assert torch.equal(embed(load(bert)), expected)
     AutoModel.from_pretrained(bert).half().save_pretrained(bert)
-    assert load(bert).model.dtype == torch.float32 and close(embed(load(bert)), alone(bert, "cls"))
+    assert load(bert).model.dtype == torch.float32
+    assert close(embed(load(bert)), alone(bert, "cls"))
     half = load(bert, dtype=torch.bfloat16)
     assert half.model.dtype == torch.bfloat16 and embed(half).dtype == torch.float32
     del weights[LAYER]
