@@ -149,7 +149,7 @@ def metrics(folder):
 
 @pytest.fixture
 def ends_with_one_line(capsys):
-    """Check that a call ends with exit code 2 and one line, "error: ...", that holds the words."""
+    """Check that a call ends with code 2 and one line, "error: ...", with the words; returns it."""
 
     def check(call, *words):
         capsys.readouterr()
@@ -159,6 +159,7 @@ def ends_with_one_line(capsys):
         assert stopped.value.code == 2
         assert error.startswith("error: ") and error.count("\n") == 1 and error[-1] == "\n", error
         assert all(word in error for word in words), error
+        return error
 
     return check
 

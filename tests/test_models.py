@@ -145,41 +145,37 @@ def rehearsed(folder, *how):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_embeddings_are_those_of_one_sentence_at_a_time(kind, ends_with_one_line, capsys):
+def test_a_model_is_read_as_meant_and_saved_as_it_was(kind, tmp_path, ends_with_one_line, capsys):
     folder, pooling = built(kind), KINDS[kind][2]
     if pooling == "not certain":
         ends_with_one_line(lambda: load(folder), kind, "not certain", "--pooling")
+        pooling = "mean"
     else:
         assert load(folder).pooling == pooling
         assert f"{pooling} pooling, it is a" in capsys.readouterr().out
     if pooling == "last":
         ends_with_one_line(lambda: load(folder, "cls"), "decoder", "--pooling last")
-    for way in {"last", "mean", pooling} - {"not certain"}:
-        encoder = load(folder, way)
-        encoder.model.train()  # embedded without dropout all the same
+    expected = {way: alone(folder, way) for way in ("last", "mean", pooling)}
+    for way in expected:
+        encoder, corpus = rehearsed(folder, way, 60)  # in training mode, which changes nothing
         assert ids_of(encoder) == own_ids(folder)
-        assert close(embed(encoder), alone(folder, way))
+        assert close(embed(encoder), expected[way])
     assert encoder.widths == (32, 32)
 
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_saved_is_what_was_trained(kind, tmp_path):
-    encoder, corpus = rehearsed(built(kind), "mean" if kind == "xlnet" else "auto", 60)
-    expected = embed(encoder)
     tokens, *_ = corpus.batch(torch.arange(10).repeat(2))  # more than a piece
     first, last = pooled_layers(encoder, tokens)
-    assert close(first[10:], alone(built(kind), encoder.pooling, layer=1))
-    assert close(last[10:], expected) and torch.equal(last[:10], last[10:])
+    assert close(first[10:], alone(folder, way, layer=1))
+    assert close(last[10:], expected[way]) and torch.equal(last[:10], last[10:])
     save(tmp_path, encoder)
     again = load(tmp_path)
-    assert (again.pooling, again.max_length) == (encoder.pooling, 60)
-    assert close(embed(again), expected) and close(alone(tmp_path, again.pooling), expected)
-    assert AutoTokenizer.from_pretrained(tmp_path)(TEXTS)["input_ids"] == own_ids(built(kind))
+    assert (again.pooling, again.max_length) == (way, 60)
+    for found in (embed(again), alone(tmp_path, way), by_the_library(tmp_path)):
+        assert close(found, expected[way])
+    assert AutoTokenizer.from_pretrained(tmp_path)(TEXTS)["input_ids"] == own_ids(folder)
     for name in ("tokenizer.json", WORDS):  # as they were, but for a token to pad with
-        there, kept = (json.loads(Path(x, name).read_bytes()) for x in (built(kind), tmp_path))
+        there, kept = (json.loads(Path(x, name).read_bytes()) for x in (folder, tmp_path))
         pads = name == WORDS and KINDS[kind][0] == GPT
         assert kept == there | ({"pad_token": "<|end|>"} if pads else {})
-    assert close(by_the_library(tmp_path), expected)
 
 
 @pytest.mark.parametrize("kind", ["roberta", "mpnet", "bert", "gpt2", "mpt"])
@@ -357,7 +353,7 @@ def test_declared_lower_case_and_folders_are_honoured_and_kept(tmp_path):
     assert close(by_the_library(tmp_path / "s", shouting), embed(encoder, shouting))
 
 
-LAYER, DENSE = "encoder.layer.1.output.dense.weight", "sentence_transformers.models.Dense"
+DENSE = "sentence_transformers.models.Dense"
 LFS, NO_RUST = b"version https://git-lfs.github.com/spec/v1", {"tokenizer_class": "EsmTokenizer"}
 UNKNOWN = {  # a file, and keys with values in it that are refused in those words
     POOLING: 'pooling_mode_max_tokens true|pooling_mode "weightedmean"|pooling_mode ["cls", "mean"]'
@@ -395,10 +391,7 @@ REFUSED = [  # what is changed in the files of a BERT with [CLS] pooling, and wo
     ({"config.json": b'{"a"'}, "/config.json: "),
     ({"adapter_config.json": {"r": 8}}, "adapter_config.json: adapters"),
     ({"tokenizer.json": None}, "it has no tokenizer.json|.npy"),
-    (
-        {"tokenizer.json": None, WORDS: NO_RUST, "vocab.txt": b"<unk>\na\n"},
-        "it has no tokenizer.json",
-    ),
+    ({"tokenizer.json": None, WORDS: NO_RUST, "vocab.txt": b"<unk>\na\n"}, "no tokenizer.json"),
     ({"tokenizer.json": b'{"a"'}, "load the tokenizer"),
     ({WORDS: {"auto_map": {"AutoTokenizer": "x.Y"}}}, f"{WORDS}: auto_map"),
     ({WORDS: {"truncation_side": "left"}}, f"{WORDS}: truncation_side left"),
@@ -407,19 +400,15 @@ REFUSED = [  # what is changed in the files of a BERT with [CLS] pooling, and wo
 
 
 @pytest.mark.parametrize("files, words", REFUSED)
-def test_what_is_not_understood_is_refused(bert, files, words, capsys):
+def test_what_is_not_understood_is_refused(bert, files, words, ends_with_one_line):
     declared = {"modules.json": modules(*PLAIN[:2]), POOLING: CLS, BERT: {}, ABOUT: {}}
     put(put(bert, declared), files)
-    with pytest.raises(SystemExit):
-        load(bert)
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert all(word in error for word in (str(bert), *words.split("|"))), error
+    error = ends_with_one_line(lambda: load(bert), str(bert), *words.split("|"))
     assert not any(word in error for word in ("above", "weights_only` set", "pip install"))
 
 
 # ------------------------------------------------------------------------- weights, students, names
-def test_neither_a_pooler_nor_float32_weights_are_needed(bert, ends_with_one_line):
+def test_neither_a_pooler_nor_float32_weights_are_needed(bert):
     expected, weights = embed(load(bert)), load_file(bert / "model.safetensors")
     weights = {name: weight for name, weight in weights.items() if "pooler" not in name}
     save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
@@ -429,11 +418,6 @@ def test_neither_a_pooler_nor_float32_weights_are_needed(bert, ends_with_one_lin
     assert close(embed(load(bert)), alone(bert, "cls"))
     half = load(bert, dtype=torch.bfloat16)
     assert half.model.dtype == torch.bfloat16 and embed(half).dtype == torch.float32
-    del weights[LAYER]
-    save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
-    ends_with_one_line(lambda: load(bert), "lack 1 of", LAYER)
-    torch.save({"epoch": 1, "facts": {}, "states": {}}, bert / "checkpoint.pt")
-    ends_with_one_line(lambda: load(bert), "--resume")
 
 
 def test_a_student_of_unlike_widths_is_refused(tmp_path, ends_with_one_line):

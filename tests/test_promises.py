@@ -1,8 +1,8 @@
 """Plausible mistakes get one line, files are whole or absent, and no input is written over."""
 
 import os
+import resource
 import shutil
-import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ import cache_teacher
 import eval as evaluation
 import talas
 from support import attempt
-from support.files import whole, write_json
 
 SCRIPTS = {  # and the flags of each, which a row of the table may override
     "cache": (cache_teacher.main, "--corpus corpus.jsonl --output new.pt"),
@@ -146,34 +145,19 @@ def test_a_bug_of_ours_keeps_its_traceback(work, monkeypatch):
         None.read()
 
 
-def test_a_file_that_is_half_written_is_none(tmp_path):
-    def half(end):
-        with whole(tmp_path / "file") as partly:
-            partly.write_text("ha")
-            end()
-
-    (tmp_path / "file").write_text("whole")
-    assert in_a_process(lambda: half(lambda: os.kill(os.getpid(), signal.SIGKILL))) == -9
-    for error, end in ((KeyError, {}.popitem), (KeyboardInterrupt, lambda: signal.raise_signal(2))):
-        pytest.raises(error, half, end)
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
-    os.link(tmp_path / "file", tmp_path / "another name")
-    write_json(tmp_path / "file", 1)  # takes the place, writes nothing over
-    assert (tmp_path / "another name").read_text() == "whole"
-
-
 @pytest.mark.parametrize("command", ["cache --overwrite --output", "eval bert --json"])
 def test_a_full_disk_leaves_the_earlier_file_whole(command, work):
     def on_a_full_disk():
-        import resource
-
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # which may be files, too
         resource.setrlimit(resource.RLIMIT_FSIZE, (90, 90))  # bytes of a file
-        run(*command.split(), "file")
+        run(*command.split(), "file.pt")
 
-    (work / "file").write_text('{"bert": {"avg_out": 1}}')
+    put(work, {"file.pt": '{"bert": {"avg_out": 1}}'})
     before = all_of(work)
     assert in_a_process(on_a_full_disk) == 2 and all_of(work) == before
+    os.link("file.pt", "another name")
+    run(*command.split(), "file.pt")  # takes the place, writes nothing over
+    assert Path("another name").read_text() == '{"bert": {"avg_out": 1}}'
 
 
 def test_no_input_is_written_over(work):
