@@ -18,7 +18,7 @@ from transformers import BertModel
 import cache_teacher
 import eval as evaluation
 import talas
-from cache_teacher import DTYPES, fit_lsa, load_cache
+from cache_teacher import DTYPES, fit_lsa
 from demo.tiny import tiny_student
 from support.data import read_corpus
 from support.encoder import encode, tokenize
@@ -209,10 +209,3 @@ def test_other_content_is_neither_kept_nor_replaced(where, what, here, capsys, e
     assert the_same(before, torch.load("t.pt")) and the_same(after, run(*given, "--overwrite"))
     same = before["sentences"] == after["sentences"]
     assert (before["fingerprint"] == after["fingerprint"]) == same
-
-
-def test_a_corpus_will_do_where_no_embeddings_are_needed(corpus, cache, ends_with_one_line):
-    for path in (corpus, cache):
-        found = load_cache(str(path), needed=False)
-        assert (found["sentences"], found["sources"]) == (SENTENCES, SOURCES)
-    ends_with_one_line(lambda: load_cache(str(corpus)), "cannot read")
