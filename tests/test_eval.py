@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, SENTENCES, alone, put, small_bert
 from scipy.stats import pearsonr, rankdata
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score, f1_score
+from sklearn.metrics import f1_score
 from test_cache_teacher import batches
 
 import eval as evaluation
@@ -37,17 +37,14 @@ TASKS = {
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder with jsonl/ and csv/, each of which has the tasks, and two folders that are none."""
+    monkeypatch.chdir(tmp_path)
     for name, rows in TASKS.items():
         splits = {"train": rows[::2], "test": rows[1::2]} if "text" in rows[0] else {"test": rows}
         for split, part in splits.items():
             table = [list(part[0]), *(map(str, row.values()) for row in part)]
-            table = "\n".join(map(",".join, table))
-            files = {f"jsonl/{name}/{split}.jsonl": part, f"csv/{name}/{split}.csv": table}
-            put(
-                tmp_path,
-                files | {f"{kind}/{x}/x": "" for kind in ("jsonl", "csv") for x in (".a", "_b")},
-            )
-    monkeypatch.chdir(tmp_path)
+            put(f"jsonl/{name}", {f"{split}.jsonl": part})
+            put(f"csv/{name}", {f"{split}.csv": "\n".join(map(",".join, table))})
+    put(tmp_path, dict.fromkeys(("csv/_notes/x", "csv/.cache/x", "jsonl/_notes/x"), ""))
     return tmp_path
 
 
@@ -85,13 +82,11 @@ def by_hand(bert):
     known, scores = dict(zip(SENTENCES, alone(bert, "mean", SENTENCES).numpy())), {}
     for task in ("emotion", "a-task"):
         x, y = zip(*[(known[row["text"]], row["label"]) for row in TASKS[task]])
-        found = LogisticRegression(max_iter=5000).fit(x[::2], y[::2]).predict(x[1::2])
-        scores[task] = 100 * f1_score(y[1::2], found, average="macro")
+        scores[task] = evaluation.macro_f1(x[::2], y[::2], x[1::2], y[1::2])
     a, b = (np.stack([known[pair[key]] for pair in PAIRS]) for key in ("sentence1", "sentence2"))
-    cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-    scores["mrpc"] = 100 * average_precision_score([row["label"] for row in TASKS["mrpc"]], cosines)
-    ranks = rankdata(cosines), rankdata([row["score"] for row in TASKS["stsb"]])
-    return scores | {"stsb": 100 * pearsonr(*ranks).statistic}
+    gold = [row["score"] for row in TASKS["stsb"]]
+    scores["mrpc"] = evaluation.average_precision(a, b, [row["label"] for row in TASKS["mrpc"]])
+    return scores | {"stsb": evaluation.spearman(a, b, gold)}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
