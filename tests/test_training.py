@@ -188,7 +188,7 @@ def test_algorithm1_both_passes_of_a_step_draw_the_same_dropout_and_each_W_is_sm
     assert metrics("out")[0][0]["sharpness_gap"] == 0
     W = torch.stack(torch.load("out/projections.pt"))
     assert (W.std(), W.mean()) == (pytest.approx(1e-3, rel=0.1), pytest.approx(0, abs=2e-4))
-    assert W.shape == (2, 32, 8) and not torch.equal(*W)
+    assert W.shape == (2, 32, 8) and (W[0] - W[1]).std() > 1e-3  # each its own
 
 
 def test_algorithm1_an_epoch_has_an_order_of_its_own_and_leaves_out_what_is_incomplete():
