@@ -1,4 +1,5 @@
-"""What the tests share: a home of their own, and sentences, models and caches made in a moment."""
+"""What the tests share: a home of their own; sentences, models and caches made in a moment; runs
+in processes of their own; the paper's formulas once more, in plain PyTorch."""
 
 import json
 import os
@@ -181,7 +182,7 @@ def start_process(action, **environment):
         pytest.skip("needs Linux's fork and signals")
     if pid := os.fork():
         return pid
-    signal.alarm(60)  # none waits for ever for another
+    signal.alarm(120)  # none waits for ever for another
     try:
         os.environ |= environment
         action()
