@@ -1,4 +1,5 @@
-"""What the tests share: a home of their own, and sentences, models and caches made in a moment."""
+"""What the tests share: a home of their own; sentences, models and caches made in a moment; runs
+in processes of their own; the paper's formulas once more, in plain PyTorch."""
 
 import json
 import os
@@ -7,10 +8,9 @@ import signal
 import socket
 import sys
 import tempfile
-import time
 import traceback
 from functools import cache as once
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 
 # No test writes to the user's home, asks the network or a GPU.
@@ -26,8 +26,10 @@ sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from tokenizers import Tokenizer
+from transformers import AutoModel, BertConfig, BertModel
 
+import talas
 from cache_teacher import fingerprint
 from demo.tiny import tiny_student
 
@@ -38,16 +40,37 @@ SENTENCES = [  # 48, of five lengths
     f"The {who} {does} the {what} in the {where}{' and then home' * (i % 5)}."
     for i, (who, does, what, where) in enumerate(product(*map(str.split, WORDS)))
 ]
+TEXTS = [*SENTENCES[:8], "The DOOR, a boat", "rose"]  # a few
 SOURCES = ["a", "b", "a"] * 16  # two domains, unlike in size
-sentences = pytest.fixture(lambda: list(SENTENCES), name="sentences")
+
+
+def put(folder, files):
+    """Write files: bytes, text, rows of a .jsonl, JSON; change a JSON file's keys (a dict).
+
+    What can be called writes the file itself; None deletes it.
+    """
+    for name, content in files.items():
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if callable(content):
+            content(path)
+            continue
+        if isinstance(content, dict) and path.exists():
+            content = json.loads(path.read_text()) | content
+        if isinstance(content, list) and path.suffix == ".jsonl":
+            content = "\n".join(map(json.dumps, content))
+        elif isinstance(content, (dict, list)):
+            content = json.dumps(content)
+        raw = content.encode() if isinstance(content, str) else content
+        path.unlink() if raw is None else path.write_bytes(raw)
+    return folder
 
 
 @pytest.fixture
 def corpus(tmp_path):
     """A .jsonl file of the 48 sentences, from two sources."""
     rows = [{"text": text, "source": source} for text, source in zip(SENTENCES, SOURCES)]
-    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return tmp_path / "corpus.jsonl"
+    return put(tmp_path, {"corpus.jsonl": rows}) / "corpus.jsonl"
 
 
 def small_cache(path):
@@ -78,9 +101,8 @@ def small_bert(folder, seed=0, **config):
         words = student.tokenizer.get_vocab_size()
         BertModel(BertConfig(vocab_size=words, **(SIZES | config))).save_pretrained(folder)
     about = json.loads(student.files["tokenizer_config.json"]) | {"model_max_length": 64}
-    Path(folder, "tokenizer_config.json").write_text(json.dumps(about))
-    Path(folder, "tokenizer.json").write_bytes(student.files["tokenizer.json"])
-    return folder
+    tokens = student.files["tokenizer.json"]
+    return put(folder, {"tokenizer_config.json": about, "tokenizer.json": tokens})
 
 
 built_once = once(lambda: small_bert(Path(HOME.name, "bert")))
@@ -93,8 +115,42 @@ def bert(tmp_path):
 
 
 @pytest.fixture
+def here(tmp_path, corpus, cache, bert, monkeypatch):
+    """The current folder, with corpus.jsonl, teacher.pt and bert."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def own_ids(folder, texts=TEXTS, types=False):
+    """Token ids by tokenizer.json alone; or pairs of them with their token_type_ids."""
+    tokens = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+    tokens.no_padding()
+    tokens.no_truncation()
+    encoded = tokens.encode_batch(list(texts))
+    return [(row.ids, row.type_ids) if types else row.ids for row in encoded]
+
+
+@torch.no_grad()
+def alone(folder, pooling, texts=TEXTS, layer=-1):
+    """Embeddings by transformers, one sentence at a time: no padding, no mask, no batch."""
+    model, made = AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), []
+    for ids, types in own_ids(folder, texts, types=True):
+        types = {"token_type_ids": torch.tensor([types])} if any(types) else {}
+        found = model(torch.tensor([ids]), **types, output_hidden_states=True)
+        states = (found.last_hidden_state if layer == -1 else found.hidden_states[layer])[0]
+        made.append({"cls": states[0], "last": states[-1], "mean": states.mean(0)}[pooling])
+    return torch.stack(made)
+
+
+def metrics(folder):
+    """The lines of metrics.jsonl: those of steps, those of epochs."""
+    lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return [[line for line in lines if ("end_of_epoch" in line) == e] for e in (False, True)]
+
+
+@pytest.fixture
 def ends_with_one_line(capsys):
-    """Check that a call ends with exit code 2 and one line, "error: ...", that holds the words."""
+    """Check that a call ends with code 2 and one line, "error: ...", with the words; returns it."""
 
     def check(call, *words):
         capsys.readouterr()
@@ -104,8 +160,20 @@ def ends_with_one_line(capsys):
         assert stopped.value.code == 2
         assert error.startswith("error: ") and error.count("\n") == 1 and error[-1] == "\n", error
         assert all(word in error for word in words), error
+        return error
 
     return check
+
+
+def before_each_step(do, patch=None):
+    """From here on, do(n, objective) happens before the n-th training step."""
+    numbers, step = count(1), talas.training_step
+
+    def watched(objective, *rest):
+        do(next(numbers), objective)
+        return step(objective, *rest)
+
+    (patch or pytest.MonkeyPatch()).setattr(talas, "training_step", watched)
 
 
 def start_process(action, **environment):
@@ -114,6 +182,7 @@ def start_process(action, **environment):
         pytest.skip("needs Linux's fork and signals")
     if pid := os.fork():
         return pid
+    signal.alarm(120)  # none waits for ever for another
     try:
         os.environ |= environment
         action()
@@ -137,14 +206,61 @@ def in_two_processes(action):
         port = str(free.getsockname()[1])
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     pids = [start_process(action, RANK=rank, LOCAL_RANK=rank, **where) for rank in "01"]
-    codes, deadline = {}, time.monotonic() + 60
-    while len(codes) < 2:
-        time.sleep(0.02)
-        for pid in set(pids) - codes.keys():
-            if (status := os.waitpid(pid, os.WNOHANG))[0]:
-                codes[pid] = os.waitstatus_to_exitcode(status[1])
-                if codes[pid]:  # the other has five seconds to notice
-                    deadline = time.monotonic() + 5
-            elif time.monotonic() > deadline:
-                os.kill(pid, signal.SIGKILL)
-    return [codes[pid] for pid in pids]
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+# -------------------------------------------------- the paper once more, in plain PyTorch
+def rows(*shape, seed=0, dtype=torch.float64):
+    """Random numbers of that seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def cosines(a, b):
+    """Of each row of (n, d) with each row of (m, d): (n, m)."""
+    return a @ b.T / a.norm(dim=1)[:, None] / b.norm(dim=1)
+
+
+def plain_tamd(layers, projections, teacher):
+    """Eq. 3."""
+    pairs = zip(layers, projections, strict=True)
+    return torch.stack([1 - cosines(E @ W, teacher).diag() for E, W in pairs]).mean()
+
+
+def plain_lasd(layers, detach_guide=False):
+    """Eqs. 4-5."""
+    R = [cosines(E, E) for E in layers]
+    guides = [r.detach() if detach_guide else r for r in R[1:]]
+    return sum(((up - low) ** 2).sum() / len(low) ** 2 for up, low in zip(guides, R)) / len(guides)
+
+
+def plain_simcse(z, z_prime, tau):
+    """Eq. 6."""
+    likeness = torch.exp(cosines(z, z_prime) / tau)
+    return -torch.log(likeness.diag() / likeness.sum(1)).mean()
+
+
+def plain_total(layers, projections, teacher, s):
+    """Eq. 7 and its terms, of all L of (2, N, d_S): both views for SimCSE, the first for others."""
+    first = [E[0] for E in layers]
+    terms = {
+        "simcse": plain_simcse(*layers[-1], s.temperature),
+        "tamd": plain_tamd(first[len(first) - len(projections) :], projections, teacher),
+        "lasd": plain_lasd(first[-s.lasd_layers :], s.detach_guide),  # 0: all
+    }
+    weights = s.lambda1, s.lambda2, s.lambda3
+    return sum(weight * term for weight, term in zip(weights, terms.values())), terms
+
+
+def plain_perturbed(w, gradient, loss, rho, eta):
+    """Eqs. 2 and 9: the gradient of loss() at w + ε̂, and the loss there; w stays. eta None: SAM."""
+    saved = [p.detach().clone() for p in w]
+    T = [torch.ones_like(p) if eta is None else p.abs() + eta for p in saved]
+    norm = torch.sqrt(sum(((t * g) ** 2).sum() for t, g in zip(T, gradient)))
+    for p, t, g in zip(w, T, gradient):
+        p.data += rho * t**2 * g / norm
+    perturbed = loss()
+    gradient = torch.autograd.grad(perturbed, w)
+    for p, before in zip(w, saved):
+        p.data = before
+    return gradient, perturbed

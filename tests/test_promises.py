@@ -1,9 +1,8 @@
 """Plausible mistakes get one line, files are whole or absent, and no input is written over."""
 
-import json
 import os
+import resource
 import shutil
-import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SENTENCES, in_a_process
+from conftest import SENTENCES, in_a_process, put
 
 import cache_teacher
 import eval as evaluation
 import talas
 from support import attempt
-from support.files import whole, write_json
 
 SCRIPTS = {  # and the flags of each, which a row of the table may override
     "cache": (cache_teacher.main, "--corpus corpus.jsonl --output new.pt"),
@@ -51,7 +49,6 @@ def flip_a_byte(path):
 
 MISTAKES = [  # a script and its flags, words of the answer between "|", files that are there
     ("cache --corpus nowhere.txt", "cannot read nowhere.txt|No such file"),
-    ("cache --corpus c.txt", "cannot read c.txt|Is a directory", ("c.txt", Path.mkdir)),
     ("cache --corpus c.json", "c.json|.txt, .jsonl, .csv and .tsv", ("c.json", "[]")),
     ("cache --corpus c.csv", "c.csv|column named text|txt, source", ("c.csv", "txt,source\na,b\n")),
     ("cache --corpus c.jsonl", "c.jsonl|text of row 1|not text, but 3", ("c.jsonl", [{"text": 3}])),
@@ -60,11 +57,9 @@ MISTAKES = [  # a script and its flags, words of the answer between "|", files t
     ("cache --corpus c.csv", "c.csv, line 1|columns of one name", ("c.csv", "text,text\na,b\n")),
     ("cache --corpus c.jsonl", "line 1|repeated", ("c.jsonl", '{"text": "a", "text": "b"}\n')),
     ("cache --corpus c.txt", "c.txt|save it as UTF-8", ("c.txt", "a dog".encode("utf-16"))),
-    ("cache --corpus c.csv", "save it as UTF-8", ("c.csv", "text\ncafé\n".encode("latin-1"))),
     ("cache --corpus c.jsonl", "save it as UTF-8, not packed", ("c.jsonl", b"\x1f\x8b\x08\x00")),
     ("cache --corpus paper", "./paper", ("paper", a_model)),
     ("cache --teacher e.npz", "e.npz|.npy and .pt", ("e.npz", b"PK")),
-    ("cache --teacher e.NPY", "e.NPY|.npy and .pt", ("e.NPY", b"PK")),
     ("cache --teacher e.npy", "e.npy has 47 rows|48 sentences", ("e.npy", array(arr=ROWS[1:]))),
     ("cache --teacher e.npy", "(48,)|(sentences, dimensions)", ("e.npy", array(arr=ROWS[:, 0]))),
     ("cache --teacher e.npy", "e.npy|int64|floats", ("e.npy", array(arr=ROWS.astype(int)))),
@@ -72,7 +67,6 @@ MISTAKES = [  # a script and its flags, words of the answer between "|", files t
     ("cache --teacher e.pt", "e.pt|torch.save did not write it|Git LFS", ("e.pt", LFS)),
     ("cache --teacher e.npy", "e.npy|too small", ("e.npy", array(arr=1e-17 * ROWS))),
     ("cache --teacher lsa", "./lsa", ("lsa", a_model)),
-    ("cache --outptu x.pt", "--outptu"),
     ("cache --over", "--over"),
     ("cache --output teacher.pt", "something else (48 sentences, random)|--overwrite"),
     ("cache --output no/such/t.pt", "--output|no/such/t.pt|a folder that exists"),
@@ -81,7 +75,6 @@ MISTAKES = [  # a script and its flags, words of the answer between "|", files t
     ("cache --output l --overwrite", "l is a link", ("l", partial(os.symlink, "teacher.pt"))),
     ("cache --output corpus.jsonl --overwrite", "is the --corpus itself|another --output"),
     ("cache --output h --overwrite", "--corpus itself", ("h", partial(os.link, "corpus.jsonl"))),
-    ("cache --output l --overwrite", "--corpus itself", ("l", partial(os.symlink, "corpus.jsonl"))),
     ("cache --teacher e.npy --output e.npy", "is the --teacher itself", ("e.npy", array(arr=ROWS))),
     ("talas --student tiny", "./tiny", ("tiny", a_model)),
     ("talas --teacher nowhere.pt", "nowhere.pt is no teacher cache|python cache_teacher.py"),
@@ -111,22 +104,10 @@ MISTAKES = [  # a script and its flags, words of the answer between "|", files t
 
 
 @pytest.fixture
-def work(tmp_path, corpus, cache, bert, monkeypatch):
+def work(here):
     """The current folder, with corpus.jsonl, teacher.pt, bert and a task."""
     rows = [PAIR | {"sentence2": text, "score": i} for i, text in enumerate(SENTENCES)]
-    put(tmp_path / "data/sts/test.jsonl", rows)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def put(path, content):
-    """Make a file of text, bytes or rows; or call what makes it."""
-    path.parent.mkdir(exist_ok=True, parents=True)
-    if callable(content):
-        return content(path)
-    if isinstance(content, list):
-        content = "".join(json.dumps(row) + "\n" for row in content)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return put(here, {"data/sts/test.jsonl": rows})
 
 
 def run(script, *flags):
@@ -143,8 +124,7 @@ def all_of(folder):
 @pytest.mark.parametrize("row", MISTAKES, ids=lambda row: f"{row[0]}: {row[1]}")
 def test_a_plausible_mistake_is_one_line_and_changes_nothing(row, work, ends_with_one_line):
     command, words, *given = row
-    for name, content in given:
-        put(work / name, content)
+    put(work, dict(given))
     before = all_of(work)
     ends_with_one_line(lambda: run(*command.split()), *words.split("|"))
     assert all_of(work) == before
@@ -160,34 +140,19 @@ def test_a_bug_of_ours_keeps_its_traceback(work, monkeypatch):
         None.read()
 
 
-def test_a_file_that_is_half_written_is_none(tmp_path):
-    def half(end):
-        with whole(tmp_path / "file") as partly:
-            partly.write_text("ha")
-            end()
-
-    (tmp_path / "file").write_text("whole")
-    assert in_a_process(lambda: half(lambda: os.kill(os.getpid(), signal.SIGKILL))) == -9
-    for error, end in ((KeyError, {}.popitem), (KeyboardInterrupt, lambda: signal.raise_signal(2))):
-        pytest.raises(error, half, end)
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
-    os.link(tmp_path / "file", tmp_path / "another name")
-    write_json(tmp_path / "file", 1)  # takes the place, writes nothing over
-    assert (tmp_path / "another name").read_text() == "whole"
-
-
 @pytest.mark.parametrize("command", ["cache --overwrite --output", "eval bert --json"])
 def test_a_full_disk_leaves_the_earlier_file_whole(command, work):
     def on_a_full_disk():
-        import resource
-
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # which may be files, too
         resource.setrlimit(resource.RLIMIT_FSIZE, (90, 90))  # bytes of a file
-        run(*command.split(), "file")
+        run(*command.split(), "file.pt")
 
-    (work / "file").write_text('{"bert": {"avg_out": 1}}')
+    put(work, {"file.pt": '{"bert": {"avg_out": 1}}'})
     before = all_of(work)
     assert in_a_process(on_a_full_disk) == 2 and all_of(work) == before
+    os.link("file.pt", "another name")
+    run(*command.split(), "file.pt")  # takes the place, writes nothing over
+    assert Path("another name").read_text() == '{"bert": {"avg_out": 1}}'
 
 
 def test_no_input_is_written_over(work):
