@@ -78,6 +78,7 @@ MISTAKES = [  # a script and its flags, words of the answer between "|", files t
     ("cache --teacher e.npy --output e.npy", "is the --teacher itself", ("e.npy", array(arr=ROWS))),
     ("talas --student tiny", "./tiny", ("tiny", a_model)),
     ("talas --teacher nowhere.pt", "nowhere.pt is no teacher cache|python cache_teacher.py"),
+    ("talas --teacher e.npy", "e.npy is no|--teacher e.npy", ("e.npy", array(arr=ROWS))),
     ("talas", "teacher.pt|a part is missing", ("teacher.pt", lambda path: os.truncate(path, 5000))),
     ("talas --teacher c.pt", "c.pt|is damaged|make it anew", ("c.pt", flip_a_byte)),
     ("talas --teacher c.pt", "c.pt has format 9|make it anew", ("c.pt", saved(version=9))),
