@@ -158,7 +158,7 @@ def table3(cache, args, device):
     found, steps, mb = {}, {}, {}
     for name in ("cached", "encode"):
         mb[name] = sum(p.nbytes for p in load(name, args, device).model.parameters()) / 2**20
-    for name in TABLE3.keys() - {"cached"}:
+    for name in [name for name in TABLE3 if name != "cached"]:
         steps[name] = side(name, cache, args, device)
         rest = peak_mb(steps[name], cache, device)
         teacher = mb["cached"] if name in online.OWN else 0

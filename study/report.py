@@ -117,8 +117,8 @@ def cost_table(entry):
         ratios = []
         for other in ("adamw", "talas"):
             ratios.append(f"{side['ms'] / sides[other]['ms']:.2f}")
-            theirs = [float(at[x]["paper ms"] or "nan") for x in (name, other)]
-            ratios.append(f"{theirs[0] / theirs[1]:.2f}".replace("nan", ""))
+            theirs = at[name]["paper ms"]  # the paper does not have them all
+            ratios.append(f"{int(theirs) / int(at[other]['paper ms']):.2f}" if theirs else "")
         parts = ("teacher", "student", "rest")
         memory = [f"{side[part]:.0f}" if part in side else "" for part in parts]
         rows.append([at[name]["label"], f"{side['ms']:.0f}", *ratios, *memory])

@@ -72,9 +72,8 @@ def train(args, teacher, dtype, s, kind):
     lacks, there = s.sharpness and not told.get("sharpness"), (out / "checkpoint.pt").exists()
     if portable(told) == portable(asdict(s)) and not lacks and not there:
         return
-    s, keeping = replace(s, resume=there, overwrite=not there), ()
-    if args.each_epoch:
-        keeping = (partial(keep, out / "epochs"),)
+    s = replace(s, resume=there, overwrite=not there)
+    keeping = [partial(keep, out / "epochs")] if args.each_epoch else []
     if kind is online:
         return online.run(s, *keeping)
     cached = ["--teacher", teacher, "--output", s.teacher, "--corpus", args.corpus]
@@ -98,8 +97,10 @@ def run(args, seed, pair, row, check=False):
     own |= {"teacher": teacher, "corpus": args.corpus} if kind is online else {}
     flags = [f"--{name}={value}" for name, value in own.items()]
     flags += [*args.flags, *ROWS[row]["flags"].split()]
-    settings = baselines.Settings if kind is baselines.Baseline else talas.Settings
-    s = online.parse_settings(flags) if kind is online else talas.parse_settings(flags, settings)
+    if kind is online:
+        s = online.parse_settings(flags)
+    else:
+        s = talas.parse_settings(flags, baselines.Settings if method else talas.Settings)
     check_settings(s)
     entry = {"pair": pair, "row": row, "seed": seed, "data": Path(args.data).name}
     entry["settings"] = None if row in UNTRAINED else portable(asdict(s))
