@@ -10,7 +10,7 @@ fingerprint (of the sentences), version, recipe (of all that the embeddings depe
 """
 
 import argparse
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from support.loading import load_encoder
 from support.run import pick_device
 
 VERSION = 1  # of the cache's format
-KEYS = ("sentences", "sources", "embeddings", "teacher", "pooling", "max_length", "fingerprint")
+KEYS = ("sentences", "sources", "embeddings", "teacher", "fingerprint", "version")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -48,17 +48,32 @@ def fit_lsa(sentences):
 
 def read_array(path, n):
     """Embeddings from elsewhere: a .npy or .pt array (n, d_T), a row a sentence of the corpus."""
-    if path.endswith(".npy"):
-        with attempt(f"read {path} as an array of numbers that numpy.save wrote", *TORN, TypeError):
-            array = torch.from_numpy(np.lib.format.open_memmap(path, "c"))
-    else:
-        array = load(path)
-    kind, shape = getattr(array, "dtype", type(array)), getattr(array, "shape", ())
-    if kind not in (*DTYPES.values(), torch.float64) or len(shape) != 2 or not shape[1]:
-        fail(f"{path}: {kind} {tuple(shape)} is no array of floats, (sentences, dimensions)")
+    with attempt(f"read {path} as an array of numbers that numpy.save wrote", *TORN, TypeError):
+        npy = path.endswith(".npy")
+        array = torch.from_numpy(np.lib.format.open_memmap(path, "c")) if npy else load(path)
+    if not torch.is_tensor(array) or not array.is_floating_point() or array.ndim != 2:
+        found = f"{array.dtype} {tuple(array.shape)}" if torch.is_tensor(array) else type(array)
+        fail(f"{path}: {found} is no array of floats, (sentences, dimensions)")
     if len(array) != n:
         fail(f"{path} has {len(array)} rows, the corpus {n} sentences; give a row each, in order")
     return array.detach()
+
+
+def read_teacher(args, texts, kept, n):
+    """(pooling, what the embeddings depend on, a function: path of a part file -> embeddings)."""
+    if is_word(args.teacher, "lsa"):
+        return "none", ["lsa"], lambda part: torch.from_numpy(fit_lsa(texts).transform(texts))
+    if args.teacher.endswith((".npy", ".pt")):
+        embeddings = read_array(args.teacher, n)[kept]
+        return "none", [embeddings], lambda part: embeddings
+    if Path(args.teacher).is_file():
+        fail(f"{args.teacher}: of files, .npy and .pt arrays are read; a model is a folder")
+    how = args.pooling, args.max_length, DTYPES[args.dtype], pick_device(args.device)
+    encoder = load_encoder(args.teacher, *how)
+    tokens = tokenize(encoder, texts)
+    content = [encoder.identity(), *encoder.model.state_dict().values(), tokens.ids]
+    label = Path(args.teacher).name
+    return encoder.pooling, content, partial(encode, encoder, tokens, args.batch_size, label)
 
 
 # --------------------------------------------------------------------------------------- the cache
@@ -67,10 +82,10 @@ def fingerprint(sentences):
     return digest(sentences)
 
 
-def usable(embeddings):
-    """Which rows have a direction that float32 can hold, as Eq. 3 needs: (n, d_T) -> (n,) bool."""
-    squares = torch.cat([rows.float().square().sum(1) for rows in embeddings.split(65_536)])
-    return squares.isfinite() & (squares > 1e-30)  # below it squares lose their digits
+def all_have_a_direction(embeddings):
+    """Whether float32 can hold the direction of each row (n, d_T), as Eq. 3 needs."""
+    norms = [rows.float().norm(dim=1) for rows in embeddings.split(65_536)]  # they may lie on disk
+    return all(((n > 1e-15) & n.isfinite()).all() for n in norms)
 
 
 def make_cache(args, texts, sources, embeddings, pooling, recipe):
@@ -78,14 +93,12 @@ def make_cache(args, texts, sources, embeddings, pooling, recipe):
 
     A sentence of which lsa knows no word, or whose row of an array is zero, has no target and goes.
     """
-    known = embeddings.any(dim=1) if pooling == "none" else torch.ones(len(texts)).bool()
-    if not known.all():
-        print(f"{int((~known).sum())} sentences removed: their embeddings are zero")
-    embeddings = embeddings[known].to(torch.float16 if args.dtype == "float16" else torch.float32)
-    if not len(embeddings) or not usable(embeddings).all():
-        advice = "; try --dtype float32" if args.dtype == "float16" else ""
-        fail(f"{args.teacher}: embeddings are zero, not finite, too small or too large{advice}")
-    keep = known.nonzero().flatten().tolist()
+    keep = embeddings.any(dim=1).nonzero().flatten().tolist()
+    if len(keep) < len(texts):
+        print(f"{len(texts) - len(keep)} sentences removed: their embeddings are zero")
+    embeddings = embeddings[keep].to(torch.float16 if args.dtype == "float16" else torch.float32)
+    if not keep or not all_have_a_direction(embeddings):
+        fail(f"{args.teacher}: embeddings are zero, not finite, or too small for {args.dtype}")
     sentences = [texts[i] for i in keep]
     cache = {"sentences": sentences, "sources": [sources[i] for i in keep]}
     cache |= {"embeddings": embeddings, "teacher": args.teacher, "pooling": pooling}
@@ -100,30 +113,28 @@ def load_cache(path, needed=True):
     """
     if not needed and not path.endswith(".pt"):
         texts, sources, *_ = unique_corpus(path)
-        cache = {"sentences": texts, "sources": sources, "embeddings": torch.zeros(len(texts), 0)}
-        return cache | {"teacher": None, "fingerprint": fingerprint(texts)}
+        cache = {"sentences": texts, "sources": sources, "fingerprint": fingerprint(texts)}
+        return cache | {"embeddings": torch.zeros(len(texts), 0), "teacher": None}
     if not Path(path).exists() or path.endswith(".npy"):
         own = f"--output {path}" if path.endswith(".pt") else f"--teacher {path}"
         fail(f"{path} is no teacher cache; make one: python cache_teacher.py {own}")
     cache = load(path)
-    missing = [key for key in (*KEYS, "version") if not isinstance(cache, dict) or key not in cache]
-    if missing:
-        fail(f"{path} is no teacher cache: it has no {missing[0]}")
+    for key in KEYS:
+        if not isinstance(cache, dict) or key not in cache:
+            fail(f"{path} is no teacher cache: it has no {key}")
     if cache["version"] != VERSION:
         fail(f"{path} has format {cache['version']}, this code reads {VERSION}; make it anew")
     sentences, sources, embeddings = (cache[key] for key in KEYS[:3])
-    kind = f"embeddings {embeddings.dtype} {tuple(embeddings.shape)}"
-    if embeddings.dtype not in (torch.float32, torch.float16) or embeddings.ndim != 2:
-        fail(f"{path}: {kind} should be float32 or float16, (sentences, dimensions)")
-    if not len(set(sentences)) == len(sentences) == len(sources) == len(embeddings) > 0:
-        counts = f"{len(set(sentences))} unlike sentences, {len(sources)} sources, {kind}"
-        fail(f"{path} has unlike numbers of what belongs together: {counts}")
+    floats, shape = embeddings.dtype in (torch.float32, torch.float16), tuple(embeddings.shape)
+    if not floats or not shape[:-1] == (len(sources),) == (len(set(sentences)),):
+        counts = f"{len(set(sentences))} unlike sentences, {len(sources)} sources"
+        fail(f"{path}: {counts} and {embeddings.dtype} {shape} of embeddings do not fit")
     if fingerprint(sentences) != cache["fingerprint"]:
         fail(f"{path}: the sentences are not those that were embedded (fingerprint)")
-    if cache.get("checksum") not in (None, digest(embeddings)) or not usable(embeddings).all():
+    sound = cache.get("checksum") in (None, digest(embeddings))
+    if not sound or not all_have_a_direction(embeddings):
         fail(f"{path} is damaged: some embeddings are not as they were written; make it anew")
-    unused = {"embeddings": embeddings[:, :0], "teacher": None}
-    return cache | ({"embeddings": embeddings.detach()} if needed else unused)
+    return cache if needed else cache | {"embeddings": embeddings[:, :0], "teacher": None}
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -148,47 +159,26 @@ def parse_args(argv):
     return args
 
 
-def cache_embeddings(args):
-    """Algorithm 1, line 3: embed the corpus with the teacher, unless that is what is there."""
-    texts, sources, kept, n = unique_corpus(args.corpus, args.seed)
-    encoder, pooling, device = None, "none", pick_device(args.device)
-    if is_word(args.teacher, "lsa"):
-        embeddings = torch.from_numpy(fit_lsa(texts).transform(texts))
-        content = ["lsa"]
-    elif args.teacher.endswith((".npy", ".pt")):
-        embeddings = read_array(args.teacher, n)[kept]
-        content = [embeddings]
-    elif Path(args.teacher).is_file():
-        fail(f"{args.teacher}: of files, .npy and .pt arrays are read; a model is a folder")
-    else:
-        how = args.pooling, args.max_length, DTYPES[args.dtype], device
-        encoder = load_encoder(args.teacher, *how)
-        tokens, pooling = tokenize(encoder, texts), encoder.pooling
-        content = [encoder.identity(), *encoder.model.state_dict().values(), tokens.ids]
-    recipe = digest(texts, sources, args.max_length, args.dtype, *content)
-    if Path(args.output).exists() and not args.overwrite:
-        old = load_cache(args.output)
-        if old.get("recipe") == recipe:
-            print(f"{args.output} holds this already; kept as it is")
-            return
-        there = f"{len(old['sentences'])} sentences, {old['teacher']}"
-        fail(f"{args.output} holds something else ({there}); --overwrite replaces it")
-    start, part = time.perf_counter(), f"{args.output}.part-{recipe[:16]}"
-    if encoder:
-        embeddings = encode(encoder, tokens, args.batch_size, Path(args.teacher).name, part)
-    cache = make_cache(args, texts, sources, embeddings, pooling, recipe)
-    save(args.output, cache)
-    Path(part).unlink(missing_ok=True)
-    n, d = cache["embeddings"].shape
-    seconds = time.perf_counter() - start
-    print(f"{args.output}: {n} embeddings of {d} dimensions, {args.teacher}, in {seconds:.0f} s")
-
-
 def main(argv=None):
     """The command line: read the corpus, run the teacher, write the cache."""
     args = parse_args(argv)
     with interruptible("the same command goes on with what is embedded, or begins again"):
-        cache_embeddings(args)
+        texts, sources, kept, n = unique_corpus(args.corpus, args.seed)
+        pooling, content, embed = read_teacher(args, texts, kept, n)
+        recipe = digest(texts, sources, args.max_length, args.dtype, *content)
+        if Path(args.output).exists() and not args.overwrite:
+            old = load_cache(args.output)
+            if old.get("recipe") != recipe:
+                there = f"{len(old['sentences'])} sentences, {old['teacher']}"
+                fail(f"{args.output} holds something else ({there}); --overwrite replaces it")
+            print(f"{args.output} holds this already; kept as it is")
+            return
+        part = f"{args.output}.part-{recipe[:16]}"
+        cache = make_cache(args, texts, sources, embed(part), pooling, recipe)
+        save(args.output, cache)
+        Path(part).unlink(missing_ok=True)
+    n, d = cache["embeddings"].shape
+    print(f"{args.output}: {n} embeddings of {d} dimensions by {args.teacher}")
 
 
 if __name__ == "__main__":

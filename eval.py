@@ -10,10 +10,7 @@ cosine. Embeddings are the pooled vectors as they are, not normalised.
 """
 
 import argparse
-import json
-import sys
 import warnings
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -28,14 +25,14 @@ from demo.tiny import tiny_student
 from support import attempt, fail, interruptible
 from support.data import DEMO, HUB, IN_DOMAIN, is_word, load_hub_split, read_table, unique_corpus
 from support.encoder import encode, tokenize
-from support.files import check_output, positive, write_json
+from support.files import check_output, positive, read_json, write_json
 from support.loading import load_encoder
 from support.run import pick_device
 
 KINDS = {  # the metric of each kind of task, which is read off its columns
-    "F1": {"text": str, "label": (str, int)},
-    "AP": {"sentence1": str, "sentence2": str, "label": (int, float)},
-    "Spearman": {"sentence1": str, "sentence2": str, "score": (int, float)},
+    "F1": ("text", "label"),
+    "AP": ("sentence1", "sentence2", "label"),
+    "Spearman": ("sentence1", "sentence2", "score"),
 }
 AVERAGES = ("avg_in", "avg_out", "avg")
 
@@ -50,8 +47,7 @@ def cosine(a, b):
 
 def macro_f1(train, train_labels, test, test_labels, name="task", iterations=1000):
     """Macro F1, in percent, of a logistic regression fitted on the training embeddings (n, d)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # which is said in our own words
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # we say it
         model = LogisticRegression(max_iter=iterations).fit(train, train_labels)
     if model.n_iter_.max() >= iterations:
         print(f"{name}: the logistic regression stopped unconverged after {iterations} iterations")
@@ -69,17 +65,15 @@ def spearman(a, b, scores):
 
 
 def score(task, name, vectors):
-    """One task's score in percent; `vectors` maps a list of n sentences to (n, d)."""
-    test = {column: [row[column] for row in task["test"]] for column in KINDS[task["kind"]]}
+    """One task's score in percent; `vectors` maps n sentences to (n, d)."""
+    test = [[row[column] for row in task["test"]] for column in KINDS[task["kind"]]]
     if task["kind"] == "F1":
         texts, labels = zip(*[(row["text"], row["label"]) for row in task["train"]])
-        return macro_f1(vectors(texts), labels, vectors(test["text"]), test["label"], name)
-    a, b = vectors(test["sentence1"]), vectors(test["sentence2"])
+        return macro_f1(vectors(texts), labels, vectors(test[0]), test[1], name)
+    a, b, gold = vectors(test[0]), vectors(test[1]), test[2]
     if np.ptp(cosine(a, b)) <= 1e-6:  # all the same up to rounding: they rank nothing
         fail(f"no score on {name}: all its pairs have the same cosine")
-    if task["kind"] == "AP":
-        return average_precision(a, b, test["label"])
-    return spearman(a, b, test["score"])
+    return average_precision(a, b, gold) if task["kind"] == "AP" else spearman(a, b, gold)
 
 
 # --------------------------------------------------------------------------------------- the tasks
@@ -88,115 +82,104 @@ def load_tasks(data, names):
 
     data: demo, hub or a directory; names: some of the tasks, or None for all.
     """
-    folder, in_domain, there = DEMO if is_word(data, "demo") else Path(data), IN_DOMAIN, list(HUB)
-    if not is_word(data, "hub"):
-        with attempt(f"read --data {data}, which is neither demo nor hub"):
-            folders = [path.name for path in folder.iterdir() if path.is_dir()]
-        there = sorted(name for name in folders if name[0] not in "._")
-        if (folder / "tasks.json").exists():
-            with attempt(f"read {folder / 'tasks.json'}"):
-                told = json.loads((folder / "tasks.json").read_text("utf-8"))
-                in_domain = told.get("in_domain") if isinstance(told, dict) else None
-            if not isinstance(in_domain, list) or not set(in_domain) <= set(there):
-                form = f'{{"in_domain": [some of {", ".join(there)}]}}'
-                fail(f"{folder / 'tasks.json'} must hold {form}")
-    wanted = there if names is None else names
-    if not wanted or (unknown := [name for name in wanted if name not in there]):
-        lacking = ", ".join(unknown) if wanted else "(a folder with test.jsonl)"
-        fail(f"no task {lacking} in {data}; there are: {', '.join(there) or 'none'}")
-    if clash := set(wanted) & set(AVERAGES):
+    if is_word(data, "hub"):
+        there, in_domain, read = list(HUB), IN_DOMAIN, load_hub_split
+    else:
+        folder = DEMO if is_word(data, "demo") else Path(data)
+        there = sorted(path.name for path in folder.glob("[!._]*/"))
+        read = partial(read_split, folder)
+        named = folder / "tasks.json"
+        with attempt(f'read {named} as {{"in_domain": [tasks]}}', AttributeError, TypeError):
+            in_domain = read_json(named).get("in_domain", IN_DOMAIN)
+            unknown = set(in_domain) - set(there)
+        if unknown and named.exists():
+            fail(f"{named}: in_domain names {unknown}, the tasks are {', '.join(there)}")
+    if not there:
+        fail(f"--data {data} is neither demo nor hub, nor a folder with TASK/test.jsonl in it")
+    names = names or there
+    if unknown := set(names) - set(there):
+        fail(f"no task {', '.join(unknown)} in {data}; there are: {', '.join(there)}")
+    if clash := set(names) & set(AVERAGES):
         fail(f"a task can't be called {clash.pop()}, as an average is; rename its folder")
-    tasks = {name: check_task(name, partial(read_split, data, folder)) for name in wanted}
+    tasks = {name: load_task(name, read) for name in names}
     places = [*HUB, *(name for kind in KINDS for name in tasks if tasks[name]["kind"] == kind)]
     return {name: tasks[name] for name in sorted(tasks, key=places.index)}, in_domain
 
 
-def read_split(data, folder, task, split):
-    """The rows of a task's split: from the Hub, from a .jsonl file, or from a .csv file."""
-    if data == "hub":
-        return load_hub_split(task, split)
-    if (folder / task / f"{split}.jsonl").exists() or not (folder / task / f"{split}.csv").exists():
-        return read_table(folder / task / f"{split}.jsonl")
-    rows = read_table(folder / task / f"{split}.csv")
-    for row in rows:
-        with suppress(KeyError, ValueError):
-            row["score"] = float(row["score"])
-    with suppress(KeyError, ValueError):  # labels are all numbers, or all text
-        labels = [float(row["label"]) for row in rows]
-        for row, label in zip(rows, labels):
-            row["label"] = int(label) if label.is_integer() else label
-    return rows
+def read_split(folder, task, split):
+    """The rows of a task's split, from a .csv or a .jsonl file."""
+    path = folder / task / f"{split}.csv"
+    return read_table(path if path.exists() else path.with_suffix(".jsonl"))
 
 
-def check_task(name, rows):
-    """A task that can be scored, of the rows(name, split); else the program ends."""
-    task = {"test": rows(name, "test")}
-    there = task["test"][0].keys() if task["test"] else {}
-    fitting = [kind for kind, columns in KINDS.items() if columns.keys() <= set(there)]
-    if len(fitting) != 1:
-        known = " or ".join(",".join(columns) for columns in KINDS.values())
-        found = ",".join(there) or "no row"
-        fail(f"{name}: test must have the columns of one kind of task, {known}; it has {found}")
-    task["kind"] = kind = fitting[0]
-    task |= {"train": rows(name, "train")} if kind == "F1" else {}
-    *_, target = KINDS[kind]
-    for split in ("test", "train"):
-        for number, row in enumerate(task.get(split, []), 1):
-            for column, types in KINDS[kind].items():
-                value = row.get(column)
-                if not isinstance(value, types) or (value != value):
-                    fail(f"{name}: row {number} of {split} has no usable {column}: {value!r}")
-    values = {row[target] for row in task["test"]}
-    learnt = {row[target] for row in task.get("train", task["test"])}
-    if kind == "AP" and not values <= {0, 1}:
+def load_task(name, read):
+    """A task that can be scored, of the rows read(name, split); else the program ends."""
+    test = read(name, "test")
+    found = list(test[0]) if test else ["no row"]
+    kinds = [kind for kind, columns in KINDS.items() if set(columns) <= set(found)]
+    if len(kinds) != 1:
+        known = " or ".join(map(",".join, KINDS.values()))
+        fail(f"{name}: test has the columns {','.join(found)}; one kind of task has {known}")
+    kind, *texts, target = kinds[0], *KINDS[kinds[0]]
+    task = {"kind": kind, "test": test, "train": read(name, "train") if kind == "F1" else []}
+    for split in ("train", "test"):
+        for number, row in enumerate(task[split], 1):
+            with attempt(f"use row {number} of {name}, {split}", KeyError, TypeError, ValueError):
+                value = row[target] if kind == "F1" else float(row[target])
+                if value in ("", None) or value != value:
+                    raise ValueError(f"its {target} is missing")
+                if not all(isinstance(row[column], str) for column in texts):
+                    raise ValueError(f"its {' or '.join(texts)} is not text")
+                row[target] = value
+    rows = task["train"] + task["test"]
+    try:  # classes that are all numbers stand in the order of numbers, else all are text
+        values = [float(row[target]) for row in rows]
+    except ValueError:
+        values = [str(row[target]) for row in rows]
+    for row, value in zip(rows, values):
+        row[target] = value
+    values, learnt = ({row[target] for row in task[split]} for split in ("test", "train"))
+    if len(values) < 2:
+        fail(f"{name}: every row has the same {target}, so there is nothing to measure")
+    if kind == "AP" and values != {0, 1}:
         fail(f"{name}: labels must be 0 or 1; found {sorted(values)[:5]}")
-    if kind == "F1" and len({type(label) for label in learnt | values}) > 1:
-        fail(f"{name}: some labels are numbers and some are text; write them all in one way")
-    if kind == "F1" and (unseen := values - learnt):
-        fail(f"{name}: test has labels that train lacks: {sorted(unseen)[:5]}")
-    if min(len(values), len(learnt)) < 2:
-        fail(f"{name}: every row has the same {target}, so there is nothing to measure or learn")
+    if kind == "F1" and not values <= learnt:
+        fail(f"{name}: test has labels that train lacks: {sorted(values - learnt)[:5]}")
     return task
 
 
 # -------------------------------------------------------------------------------------- the models
-def load_model(name, pooling, args):
-    """(n sentences, label of the progress bar) -> (n, d): a directory's, a Hub id's, lsa, tiny."""
+def embed(name, pooling, texts, args):
+    """Embeddings (n, d) of n texts, by the model of a directory or a Hub id, or by lsa or tiny."""
     how = {"pooling": pooling, "max_length": args.max_length, "device": pick_device(args.device)}
-    if not is_word(name, "lsa", "tiny"):
-        encoder = load_encoder(name, **how)
-    else:  # both are made of the corpus beside the tasks
-        corpus = DEMO / "corpus.jsonl" if args.data == "demo" else Path(args.data, "corpus.jsonl")
+    if is_word(name, "lsa", "tiny"):  # which cache_teacher.py and talas.py make of a corpus
+        corpus = (DEMO if args.data == "demo" else Path(args.data)) / "corpus.jsonl"
         if not corpus.exists():
-            fail(f"{name} belongs to the demo; with --data {args.data} it needs a {corpus}")
-        sentences = unique_corpus(str(corpus))[0]  # as cache_teacher.py has them
-        if name == "lsa":
-            lsa = fit_lsa(sentences)
-            return lambda texts, label: lsa.transform(texts)
-        encoder = tiny_student(sentences, seed=42, **how)  # the default of talas.py
-    n = args.batch_size
-    return lambda texts, label: encode(encoder, tokenize(encoder, texts), n, label).numpy()
+            fail(f"{name} belongs to the demo; with --data {args.data} it needs {corpus}")
+        sentences = unique_corpus(str(corpus))[0]
+    if name == "lsa":
+        return fit_lsa(sentences).transform(texts)
+    encoder = tiny_student(sentences, 42, **how) if name == "tiny" else load_encoder(name, **how)
+    return encode(encoder, tokenize(encoder, texts), args.batch_size, Path(name).name).numpy()
 
 
 def evaluate(name, pooling, tasks, in_domain, args):
     """{task: score in percent, ..., "avg_in", "avg_out", "avg"}; a mean over no task is None."""
-    embed = load_model(name, pooling, args)
-    known, scores = {}, {}  # each distinct sentence is embedded once
-    for task_name, task in tasks.items():
-        rows = [row for split in ("train", "test") for row in task.get(split, [])]
-        texts = [row[c] for row in rows for c in list(KINDS[task["kind"]])[:-1]]
-        if new := [text for text in dict.fromkeys(texts) if text not in known]:
-            vectors = embed(new, f"{Path(name).name} {task_name}")
-            if not np.isfinite(vectors).all():
-                fail(f"{name} gives embeddings on {task_name} that are not a number; is it torn?")
-            known.update(zip(new, vectors))
-        result = score(task, task_name, lambda texts: np.stack([known[text] for text in texts]))
-        scores[task_name] = float(result)
-    inside = [task for task in tasks if task in in_domain]
-    outside = [task for task in tasks if task not in in_domain]
-    for key, names in zip(AVERAGES, (inside, outside, list(tasks))):
-        scores[key] = float(np.mean([scores[name] for name in names])) if names else None
-    return scores
+    texts, scores = {}, {}  # the texts are keys: each distinct one is embedded once
+    for task in tasks.values():
+        for column in KINDS[task["kind"]][:-1]:
+            texts |= dict.fromkeys(row[column] for row in task["train"] + task["test"])
+    vectors = embed(name, pooling, list(texts), args)
+    if not np.isfinite(vectors).all():
+        fail(f"{name} gives embeddings that are not finite numbers; is it damaged?")
+    known = dict(zip(texts, vectors))
+    for task in tasks:
+        result = score(tasks[task], task, lambda texts: np.stack([known[text] for text in texts]))
+        scores[task] = float(result)
+    inside = [scores[task] for task in tasks if task in in_domain]
+    outside = [scores[task] for task in tasks if task not in in_domain]
+    means = [float(np.mean(some)) if some else None for some in (inside, outside, inside + outside)]
+    return scores | dict(zip(AVERAGES, means))
 
 
 def markdown(results, tasks, in_domain):
@@ -204,45 +187,44 @@ def markdown(results, tasks, in_domain):
     header = [task + "*" * (task in in_domain) for task in tasks]
     rows = [["model", *header, "Avg-In*", "Avg-Out", "Avg"]]
     for name, scores in results.items():
-        values = (scores[key] for key in (*tasks, *AVERAGES))
+        values = [scores[key] for key in (*tasks, *AVERAGES)]
         rows.append([name, *("–" if value is None else f"{value:.2f}" for value in values)])
-    first, *others = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["---", *["---:"] * (len(header) + 3)])
-    lines = []
-    for name, *cells in rows:
-        padded = [name.ljust(first), *(c.rjust(width) for c, width in zip(cells, others))]
-        lines.append(f"| {' | '.join(padded)} |")
-    of_kind = {kind: [n for n in tasks if tasks[n]["kind"] == kind] for kind in KINDS}
-    legend = [f"{kind}: {', '.join(names)}" for kind, names in of_kind.items() if names]
-    return "\n".join([*lines, "", f"{'; '.join(legend)}; * in-domain"])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    rows.insert(1, ["---", *["---:"] * (len(widths) - 1)])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    metrics = ", ".join(f"{name} {task['kind']}" for name, task in tasks.items())
+    return "\n".join([*lines, "", f"{metrics}; * in-domain"])
 
 
 # ------------------------------------------------------------------------------------ command line
 def parse_args(argv):
     """The command line; args.pooling becomes one for each model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    flag, parser.error = parser.add_argument, fail
+    flag, parser.error, listed = parser.add_argument, fail, lambda text: text.split(",")
     models = "directories, Hub ids, lsa (the demo's teacher), tiny (its student, untrained)"
     flag("models", nargs="*", default=["student"], help=models)
     flag("--data", default="demo", help="demo; hub: the paper's nine; or a folder of tasks")
-    flag("--tasks", type=lambda text: text.split(","), help="some of the tasks: a,b,c")
+    flag("--tasks", type=listed, help="some of the tasks: a,b,c")
     flag("--json", help="write the scores to this file, too")
-    of_each = "auto, cls, mean, last; one for all models, or last,cls: one each, in their order"
-    flag("--pooling", default="auto", help=of_each)
+    flag(
+        "--pooling", type=listed, default="auto", help="auto, cls, mean, last; or one a model: a,b"
+    )
     flag("--batch_size", type=positive, default=32, help="sentences a forward pass")
     flag("--max_length", type=positive, default=256, help="tokens; longer sentences are cut")
     flag("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
     args = parser.parse_args(argv)
-    own = args.pooling.split(",")
-    args.pooling = own * len(args.models) if len(own) == 1 else own
-    if len(args.pooling) != len(args.models) or not set(own) <= {"auto", "cls", "mean", "last"}:
-        fail(f"--pooling {','.join(own)}: give auto, cls, mean or last, once or for each model")
     if len(set(args.models)) < len(args.models):
         fail(f"{' '.join(args.models)}: a model stands there twice; give one another name, as ./x")
+    if len(args.pooling) == 1:
+        args.pooling = args.pooling * len(args.models)
+    known = {"auto", "cls", "mean", "last"}
+    if len(args.pooling) != len(args.models) or not set(args.pooling) <= known:
+        fail(f"--pooling {args.pooling}: give auto, cls, mean or last, once or for each model")
     if args.json is not None:
         check_output("--json", args.json)
-        text = Path(args.json).read_text("utf-8", "replace") if Path(args.json).exists() else ""
-        if text and '"avg_out"' not in text:
+        there = Path(args.json)
+        if there.exists() and '"avg_out"' not in there.read_text("utf-8", "replace"):
             fail(f"{args.json} holds something else than scores; choose another --json")
     return args
 
@@ -250,22 +232,22 @@ def parse_args(argv):
 def main(argv=None):
     """The command line: load the tasks, score each model that can be scored, print the table."""
     args = parse_args(argv)
-    results, failed = {}, []
+    results = {}
     with interruptible("the models that were scored are in the --json file, if there is one"):
         tasks, in_domain = load_tasks(args.data, args.tasks)
         for name, pooling in zip(args.models, args.pooling):
             try:
                 results[name] = evaluate(name, pooling, tasks, in_domain, args)
             except SystemExit:  # its line is on the screen; the others' scores are not lost
-                failed.append(name)
-            if args.json and results:
+                if len(args.models) == 1:
+                    raise
+                continue
+            if args.json:
                 write_json(args.json, results)
     if results:
         print("\n" + markdown(results, tasks, in_domain))
-    if failed and len(args.models) > 1:
+    if failed := [name for name in args.models if name not in results]:
         fail(f"no scores of {', '.join(failed)}; the reason stands above")
-    if failed:
-        sys.exit(2)
 
 
 if __name__ == "__main__":

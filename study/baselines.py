@@ -24,8 +24,6 @@ from support import fail, interruptible
 from support import run as runs
 from support.encoder import Corpus, rehearse
 
-MAY_BE_0 = ("group_p", "margin", "cosine_weight", "similarity_weight", "relative_weight")
-
 
 @dataclass(frozen=True)
 class Common(talas.Settings):
@@ -151,7 +149,7 @@ def run(s, kind, after_epoch=lambda objective, epoch: None):
     """From the cache to the student as in talas.main, with an objective of that kind."""
     if s.batch_size < 3 and kind is Baseline and s.method != "distill":
         fail(f"--batch_size {s.batch_size}: {s.method} compares sentences; take 3 or more")
-    with runs.started(s, MAY_BE_0):
+    with runs.started(s):
         cache = load_cache(s.teacher, needed=s.lambda2 > 0)
         torch.manual_seed(s.seed)
         student = talas.load_student(s, cache["sentences"])

@@ -13,6 +13,8 @@ import torch
 
 from support import attempt, fail
 
+TOKENIZER_FILES = ("tokenizer*.json", "*_tokens*.json", "vocab.*", "merges.txt")
+TOKENIZER_FILES += ("*.model", "*.bpe", "*.codes")
 TORN = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
@@ -40,6 +42,12 @@ def write_json(path, content):
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def read_json(path, needed=False):
+    """What a JSON file holds; {} if there is no such file, unless it is `needed`."""
+    with attempt(f"read {path}"):
+        return json.loads(path.read_text("utf-8")) if needed or path.exists() else {}
+
+
 def load(path, mmap=True):
     """torch.load of tensors and plain values; runs no code of the file's.
 
@@ -65,9 +73,6 @@ def check_output(flag, path, **inputs):
     keep_apart(flag, out, **inputs)
     if out.is_symlink() or (out.exists() and not out.is_file()):
         fail(f"{flag} {out} is a link or no plain file; give the file's own name")
-    with attempt(f"write {out}"):
-        Path(f"{out}.partial").touch()
-        Path(f"{out}.partial").unlink()
 
 
 def keep_apart(flag, output, **inputs):

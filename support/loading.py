@@ -16,7 +16,7 @@ from transformers.models.auto import modeling_auto as registry
 
 from support import attempt, fail
 from support.encoder import POOLING_FLAGS, Encoder, takes
-from support.files import TORN
+from support.files import TOKENIZER_FILES, TORN, read_json
 from support.run import interrupted
 
 logging.set_verbosity_error()  # the terminal is for our own lines
@@ -25,7 +25,6 @@ logging.disable_progress_bar()
 ARRAY = "encode with sentence-transformers and give the array: cache_teacher.py --teacher X.npy"
 SMALL = ["*.json", "*.txt", "*.model", "*.bpe", "*.codes"]  # all files but weights
 OTHERS = {"ignore_patterns": ["onnx/*", "openvino/*", "original/*", "consolidated*"]}
-TOKENIZER_FILES = ["tokenizer*.json", "*_tokens*.json", "vocab.*", "merges.txt", *SMALL[2:]]
 PLAINLY = {"output_attentions": False, "chunk_size_feed_forward": 0, "return_dict": True}
 POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}  # sentence-transformers' -> ours
 OTHER_MODES = ("max", "mean_sqrt_len", "weightedmean")
@@ -51,15 +50,11 @@ def model_folder(name):
         return Path(folder)
 
 
-def read_json(path, needed=False, known=None):
-    """What a JSON file of a model holds; {} if there is no such file, unless it is `needed`.
-
-    known: the keys that are understood, as KNOWN has them; others end the program.
-    """
-    with attempt(f"read {path}"):
-        content = json.loads(path.read_text("utf-8")) if needed or path.exists() else {}
-    for key, value in content.items() if known else ():
-        fits = known.get(key, ())
+def read_understood(path, needed=False):
+    """What a JSON file of sentence-transformers holds, each key and value as KNOWN has it."""
+    content = read_json(path, needed)
+    for key, value in content.items():
+        fits = KNOWN.get(key, [])
         if value is not None and not (type(value) is fits if type(fits) is type else value in fits):
             fail(f"{path}: {key} {json.dumps(value)[:80]} is not implemented; {ARRAY}")
     return content
@@ -73,17 +68,17 @@ def read_declarations(root):
     if not (root / "modules.json").exists():
         return root, None, None, False
     modules = read_json(root / "modules.json")
-    kinds = [module["type"] for module in modules]
-    names = [kind.rsplit(".", 1)[-1] for kind in kinds if kind.startswith("sentence_transformers.")]
-    if names != ["Transformer", "Pooling", "Normalize"][: max(2, len(kinds))]:
-        fail(f"{root / 'modules.json'}: type {kinds} is more than Transformer and Pooling; {ARRAY}")
-    about = read_json(root / "config_sentence_transformers.json", known=KNOWN)
+    types = [module["type"] for module in modules]
+    names = [name.rsplit(".", 1)[-1] for name in types if name.startswith("sentence_transformers.")]
+    if names != ["Transformer", "Pooling", "Normalize"][: max(2, len(types))]:
+        fail(f"{root / 'modules.json'}: type {types} is more than Transformer and Pooling; {ARRAY}")
+    about = read_understood(root / "config_sentence_transformers.json")
     if prompt := (about.get("prompts") or {}).get(about.get("default_prompt_name")):
         fail(f"{root} puts a prompt before every sentence, {prompt!r}; {ARRAY}")
     folder, place = root / modules[0]["path"], root / modules[1]["path"] / "config.json"
-    paths = [folder / "sentence_bert_config.json", *folder.glob("sentence_*_config.json")]
-    config = read_json(next(filter(Path.exists, paths), paths[0]), known=KNOWN)
-    asked = read_json(place, needed=True, known=KNOWN)
+    named = [folder / "sentence_bert_config.json", *folder.glob("sentence_*_config.json")]
+    config = read_understood(next(filter(Path.exists, named), named[0]))
+    asked = read_understood(place, needed=True)
     flags = [mode for flag, mode in POOLING_FLAGS.items() if asked.get(flag)] or ["mean"]
     pooling = POOLINGS.get(asked.get("pooling_mode")) or "+".join(flags)
     if pooling not in POOLINGS.values():
@@ -104,7 +99,8 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
     model = load_model(name, folder, dtype).to(device).eval()
     tokenizer, files, about = load_tokenizer(name, folder, lower)
     pooling = settle_pooling(name, model.config, pooling, declared)
-    limit = limit if limit is not None else about.get("model_max_length") or max_length
+    if limit is None:
+        limit = about.get("model_max_length") or max_length
     limit = find_limit(name, model, tokenizer, about, min(max_length, limit))
     word = torch.zeros(1, 8, dtype=torch.long, device=device)  # to see the layers' widths
     with torch.inference_mode():
@@ -185,19 +181,20 @@ def find_limit(name, model, tokenizer, about, most):
 def settle_pooling(name, config, asked, declared):
     """The pooling asked for, else the declared one, else, where it is certain, the kind's own."""
     kind = config.model_type
-    masked = kind in registry.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    listed = masked or kind in registry.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    sure = listed and kind not in ("xlnet", "bert-generation")  # no decoders, though listed so
-    decoder = sure and (not masked or getattr(config, "is_decoder", False))
-    if asked != "auto":
-        pooling, why = asked, "as asked"
-    elif declared:
-        pooling, why = declared, "from its sentence-transformers files"
-    elif sure:
-        pooling, why = ("last", "it is a decoder") if decoder else ("cls", "it is an encoder")
-    else:
+    encoder = kind in registry.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    decoder = kind in registry.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if kind in ("xlnet", "bert-generation"):  # listed as decoders, which they are not
+        encoder = decoder = False
+    if encoder:  # many are listed as decoders, too, which their configuration can make of them
+        decoder = getattr(config, "is_decoder", False)
+    if asked == "auto" and not declared and not (encoder or decoder):
         fail(f"{name}: whether a {kind} is an encoder or a decoder is not certain; give --pooling")
-    if decoder and pooling == "cls":
+    own, why = ("last", "it is a decoder") if decoder else ("cls", "it is an encoder")
+    if declared:
+        own, why = declared, "from its sentence-transformers files"
+    if asked != "auto":
+        own, why = asked, "as asked"
+    if decoder and own == "cls":
         fail(f"the first token of {name}, a decoder, does not see the others; try --pooling last")
-    print(f"{name}: {pooling} pooling, {why}")
-    return pooling
+    print(f"{name}: {own} pooling, {why}")
+    return own

@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import statistics
@@ -13,7 +12,6 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -23,14 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from support import attempt, fail, interruptible
-from support.files import TORN, keep_apart, load, save, write_json
+from support.files import TOKENIZER_FILES, keep_apart, load, save, write_json
 
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl
 ADVICE = "try a lower --lr or --rho with another --output; the last whole epoch is kept in this one"
-MAY_BE_0 = ("lambda1", "lambda2", "lambda3", "lasd_layers", "rho", "eta", "disam_lambda")
-MAY_BE_0 += ("weight_decay", "warmup_ratio", "seed")
-STALE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "adapter_config.json")
-STALE += ("vocab.*", "merges.txt", "*.model")
+ABOVE_0 = ("lr", "scale", "temperature", "anchored_layers", "epochs", "size", "length")
 CARD_MARK = "talas.py writes this card anew"
 NO_FACTS = ("resume", "overwrite", "output", "device", "teacher", "student")  # names, not content
 
@@ -69,35 +64,25 @@ def processes():
 
 
 @contextmanager
-def started(s, also_0=()):
+def started(s):
     """A run that was checked, with its processes connected; Ctrl-C ends it in one line.
 
     With torchrun the first process alone speaks and writes.
     """
-    check_settings(s, also_0)
+    check_settings(s)
     advice = "the same command begins again; with --resume it goes on from the last whole epoch"
     with interruptible(advice):
-        if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-            device = pick_device(s.device)
-            if device.type != "cpu":
+        if "LOCAL_RANK" in os.environ:  # torchrun's
+            on_cpu = pick_device(s.device).type == "cpu"
+            if not on_cpu:
                 torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-            distributed.init_process_group("gloo" if device.type == "cpu" else None)
-        made = rank() == 0 and not os.path.exists(s.output)
-        if rank() > 0:
-            sys.stdout = open(os.devnull, "w")
-        else:
+            distributed.init_process_group("gloo" if on_cpu else None)
+        if rank() == 0:
             check_output(s)
-        try:
-            yield
-        except RuntimeError as error:  # of gloo, which waited for a process that is gone
-            if processes() == 1 or "onnection" not in str(error):
-                raise
-            fail("another of torchrun's processes has ended; its own line says why")
-        finally:
-            if made:
-                with suppress(OSError):  # a run that wrote nothing leaves no folder
-                    os.rmdir(s.output)
-        if distributed.is_initialized():  # not after an error: it would wait for the others
+        else:
+            sys.stdout = open(os.devnull, "w")
+        yield
+        if distributed.is_initialized():
             distributed.destroy_process_group()
 
 
@@ -107,21 +92,18 @@ def seed_of(*what):
 
 
 # ---------------------------------------------------------------------- before a run: is it sound?
-def check_settings(s, also_0=()):
-    """End the program if a setting has no meaning; also_0: more names of what may be 0."""
+def check_settings(s):
+    """End the program if a setting has no meaning."""
     for name, value in asdict(s).items():
-        may_be_0 = name in (*MAY_BE_0, *also_0)
-        if type(value) in (int, float) and not (0 <= value < 2**63 and (value or may_be_0)):
-            least = "at least" if may_be_0 else "above"
-            fail(f"--{name} {value}: it must be {least} 0 and less than 2**63")
+        above = name.endswith(ABOVE_0)  # the others may be 0
+        if type(value) in (int, float) and not (value > 0 if above else value >= 0):
+            fail(f"--{name} {value}: it must be {'above' if above else 'at least'} 0")
     if s.warmup_ratio > 1:
         fail(f"--warmup_ratio {s.warmup_ratio}: it is a part of the steps, at most 1")
     if s.lambda1 == s.lambda2 == s.lambda3 == 0:
         fail("--lambda1, --lambda2 and --lambda3 are all 0: there is nothing to learn")
     if s.batch_size == 1 and s.lambda1 + s.lambda3 > 0:
         fail("--batch_size 1: Eqs. 5 and 6 compare the sentences of a batch; take more")
-    if s.lasd_layers == 1:
-        fail("--lasd_layers 1: Eq. 5 chains two layers or more; 0 means all")
 
 
 def check_fit(s, student, corpus):
@@ -134,37 +116,32 @@ def check_fit(s, student, corpus):
         fail(f"{s.student}: its layers have unlike widths, {student.widths}; take another student")
     if s.lambda2 and s.anchored_layers > L:
         fail(f"--anchored_layers {s.anchored_layers}: {s.student} has {L} layers")
-    if s.lambda3 and max(s.lasd_layers, 2) > L:
-        fail(f"--lasd_layers {s.lasd_layers}: {s.student} has {L} layers; --lambda3 0 skips LASD")
+    if s.lambda3 and not 2 <= (s.lasd_layers or L) <= L:
+        need = f"Eq. 5 chains two or more of {s.student}'s {L} layers; --lambda3 0 skips LASD"
+        fail(f"--lasd_layers {s.lasd_layers}: {need}")
 
 
 def interrupted(folder):
-    """Whether a folder holds a checkpoint of ours: that of a run that was not finished."""
-    try:
-        saved = torch.load(Path(folder, "checkpoint.pt"), weights_only=True, mmap=True)
-        return {"epoch", "facts", "states"} <= saved.keys()
-    except (*TORN, AttributeError):  # there is none, or another program's
-        return False
+    """Whether a folder holds a run that was not finished."""
+    return all(Path(folder, name).exists() for name in ("checkpoint.pt", "metrics.jsonl"))
 
 
 def check_output(s):
-    """End the program if what is in the output folder is not to be touched; or make the folder."""
+    """End the program if what is in the output folder is not to be touched."""
     keep_apart("--output", s.output, student=s.student, teacher=s.teacher)
-    out, begun = Path(s.output), interrupted(s.output)
-    if not s.output or out.is_symlink() or (out.exists() and not out.is_dir()):
-        fail(f"--output {s.output!r} must be the name of a folder, no file and no link")
-    if s.resume and not (out / "checkpoint.pt").exists():
-        what = "a finished run" if (out / "talas.json").exists() else "no run"
+    out = Path(s.output)
+    if out.exists() and not out.is_dir():
+        fail(f"--output {out} is a file; give the name of a folder")
+    there = {path.name for path in out.glob("*")}
+    if s.resume and "checkpoint.pt" not in there:
+        what = "a finished run" if "talas.json" in there else "no run"
         fail(f"{out} has no checkpoint to resume: it is {what}")
-    if begun and not (s.resume or s.overwrite):
+    if interrupted(out) and not (s.resume or s.overwrite):
         fail(f"{out} holds an interrupted run; --resume it, --overwrite it, or change --output")
-    there = {path.name for path in out.iterdir()} if out.exists() else set()
     if there and not (s.resume or s.overwrite):
         fail(f"{out} exists; choose another --output, or --overwrite it")
     if there and not there & {"talas.json", "checkpoint.pt", "metrics.jsonl", "config.json"}:
         fail(f"--output {out} holds neither a run nor a model; choose another --output")
-    with attempt(f"write --output {out}"):
-        out.mkdir(exist_ok=True)
 
 
 # ----------------------------------------------------------------------------- on the way and after
@@ -193,29 +170,26 @@ class Run:
             self.objective = DistributedDataParallel(objective, device_ids=devices, **unused)
 
     def start_from(self, optimizer, scheduler):
-        """The epochs to come: all of them, or with --resume those after the last whole one."""
+        """The epochs to come; with --resume first goes back to the end of the last whole one."""
         self.parts |= {"adamw": optimizer, "scheduler": scheduler}
-        first = self.restored() if self.s.resume else 0
-        lines = read_metrics(self.s.output) if self.s.resume else []
+        first, lines = 0, []
+        if self.s.resume:
+            saved, lines = load(self.checkpoint, mmap=False), read_metrics(self.s.output)
+            for name, now in self.facts.items():
+                if now != (before := saved["facts"].get(name)):
+                    fail(f"--resume with another {name}: it was {before}, now it is {now}")
+            for name, part in self.parts.items():
+                part.load_state_dict(saved["states"][name])
+            first = saved["epoch"]
+        self.count = first * self.steps
+        with attempt(f"write --output {self.s.output}"):
+            self.log.parent.mkdir(exist_ok=True)
         if not self.s.resume:
             self.save(0)
-        self.count = first * self.steps
         self.write(*(line for line in lines if line["step"] <= self.count), mode="w")
         self.bar = progress(self.total_steps, "step", initial=self.count)
         memory_mb(self.device)  # the first peak is of training, not of what was before
         return range(first, self.s.epochs)
-
-    def restored(self):
-        """Go back to the saved state, whose facts must be those of now; returns its epoch."""
-        saved = load(self.checkpoint, mmap=False)
-        if not interrupted(self.s.output):
-            fail(f"{self.checkpoint} is no checkpoint of this program's")
-        for name, now in self.facts.items():
-            if now != (before := saved["facts"].get(name)):
-                fail(f"--resume with another {name}: it was {before}, now it is {now}")
-        for name, part in self.parts.items():
-            part.load_state_dict(saved["states"][name])
-        return saved["epoch"]
 
     def save(self, epoch):
         """Write the state after `epoch` epochs, whole or not at all."""
@@ -277,24 +251,17 @@ def read_metrics(folder):
     """The lines of a run's metrics.jsonl; what can't be read is left out: it is a log."""
     path, lines = Path(folder, "metrics.jsonl"), []
     for text in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-            lines += [line] if math.isfinite(line["step"]) else []
-        except (ValueError, TypeError, KeyError):
-            continue
-    return lines
+        with suppress(ValueError):
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
 def cost(folder):
     """Table 3 from metrics.jsonl: the median time of a step; mean, peak and spread of memory."""
-    keys = "ms_per_step", "memory_mb"
-    pairs = [[line.get(key, math.nan) for key in keys] for line in read_metrics(folder)]
-    pairs = [
-        pair for pair in pairs if all(type(x) in (int, float) and math.isfinite(x) for x in pair)
-    ]
-    if not pairs:
+    lines = [line for line in read_metrics(folder) if "ms_per_step" in line]
+    if not lines:
         return {}
-    times, sizes = zip(*pairs)
+    times, sizes = ([line[key] for line in lines] for key in ("ms_per_step", "memory_mb"))
     speed = {"ms_per_step": statistics.median(times[len(times) // 10 :])}  # without the warm-up
     memory = {"mean_mb": statistics.fmean(sizes), "peak_mb": max(sizes)}
     return speed | memory | {"std_mb": statistics.pstdev(sizes)}
@@ -326,8 +293,9 @@ def finish(s, cache, write):
         card = out / "README.md"
         if not card.exists() or CARD_MARK in card.read_text("utf-8", "replace"):
             write_card(draft / "README.md", s, about)
-        for path in chain.from_iterable(map(out.glob, STALE)):  # of what is overwritten
-            path.unlink()
+        for pattern in (*TOKENIZER_FILES, "adapter_config.json"):  # of what is overwritten
+            for path in out.glob(pattern):
+                path.unlink()
         for path in sorted(path for path in draft.rglob("*") if path.is_file()):
             (out / path.relative_to(draft)).parent.mkdir(exist_ok=True)
             os.replace(path, out / path.relative_to(draft))  # each of them whole
