@@ -145,19 +145,28 @@ def first_stage(s, corpus, objective):
     objective.model.requires_grad_(True)
 
 
-def run(s, kind, after_epoch=lambda objective, epoch: None):
-    """From the cache to the student as in talas.main, with an objective of that kind."""
+def prepare(kind, s, cache):
+    """(corpus, objective) of a cache, with an objective of that kind."""
     if s.batch_size < 3 and kind is Baseline and s.method != "distill":
         fail(f"--batch_size {s.batch_size}: {s.method} compares sentences; take 3 or more")
+    student = talas.load_student(s, cache["sentences"])
+    corpus = Corpus(cache, student)
+    return corpus, kind(student, talas.new_projections(s, student, corpus.d_T), s)
+
+
+def run(s, prepare, after_epoch=lambda objective, epoch: None):
+    """From the cache, or online.py's --corpus, to the student as in talas.main.
+
+    prepare(s, cache) gives (corpus, objective); after_epoch(objective, epoch) is called each epoch.
+    """
     with runs.started(s):
-        cache = load_cache(s.teacher, needed=s.lambda2 > 0)
+        cache = load_cache(getattr(s, "corpus", s.teacher), needed=s.lambda2 > 0)
         torch.manual_seed(s.seed)
-        student = talas.load_student(s, cache["sentences"])
-        corpus = Corpus(cache, student)
-        objective = kind(student, talas.new_projections(s, student, corpus.d_T), s)
-        runs.check_fit(s, student, corpus)
-        rehearse(student, corpus, two_views=s.lambda1 > 0 or not len(objective.projections))
-        if kind is Baseline and s.method == "stella" and not s.resume:
+        corpus, objective = prepare(s, cache)
+        runs.check_fit(s, corpus.student, corpus)
+        two_views = s.lambda1 > 0 or not len(objective.projections)
+        rehearse(corpus.student, corpus, two_views)
+        if isinstance(objective, Baseline) and s.method == "stella" and not s.resume:
             first_stage(s, corpus, objective)
         talas.train(s, corpus, objective, partial(after_epoch, objective))
         runs.finish(s, cache, partial(talas.save_student, objective))
@@ -165,7 +174,7 @@ def run(s, kind, after_epoch=lambda objective, epoch: None):
 
 def main(argv=None):
     """The command line: as that of talas.py, with a first stage for stella."""
-    run(talas.parse_settings(argv, Settings), Baseline)
+    run(talas.parse_settings(argv, Settings), partial(prepare, Baseline))
 
 
 if __name__ == "__main__":

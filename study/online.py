@@ -10,7 +10,6 @@ the student's (n_S, n_T in the longest sentence). The choices, with reasons: stu
 import argparse
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,13 +21,12 @@ import torch.nn.functional as F
 from transformers.hf_argparser import HfArg
 
 import talas
-from cache_teacher import DTYPES, load_cache
+from cache_teacher import DTYPES
 from study import baselines
 from support import fail
-from support.encoder import Corpus, forward, pad, pool, rehearse, tokenize
+from support.encoder import Corpus, forward, pad, pool, tokenize
 from support.files import digest
 from support.loading import load_encoder
-from support.run import check_fit, finish, started
 
 PIECE = 8  # rows of a piece of a batch on a CPU: a large teacher pays most for padding
 OWN = {  # the released code's, where Appendix E is silent
@@ -312,35 +310,25 @@ def parse_settings(argv):
 
 def prepare(s, cache):
     """(OnlineCorpus, Online) of a cache's sentences; the teacher is on the student's device."""
-    torch.manual_seed(s.seed)
+    if not s.teacher:
+        fail("--teacher is missing: the Hub id or the folder of a model, which runs in every step")
     student = talas.load_student(s, cache["sentences"])
     how = s.teacher_pooling, s.max_length, DTYPES[s.teacher_dtype], student.model.device
     teacher = load_encoder(s.teacher, *how)
     teacher.model.requires_grad_(False)
+    cache["teacher"] = s.teacher
     for encoder in (student, teacher) if s.method == "emo" else ():
         encoder.model.set_attn_implementation("eager")  # the fused kernels give no maps
-    matrices = new_matrices(s.method, student, teacher.dimensions)
-    return OnlineCorpus(cache, student, teacher, s), Online(student, matrices, s)
-
-
-def run(s, after_epoch=lambda objective, epoch: None):
-    """From the corpus to the student; after_epoch as in study/baselines.py."""
-    if not s.teacher:
-        fail("--teacher is missing: the Hub id or the folder of a model, which runs in every step")
-    with started(s):
-        cache = load_cache(s.corpus, needed=False)  # the sentences alone
-        corpus, objective = prepare(s, cache)
-        check_fit(s, corpus.student, corpus)
-        rehearse(corpus.student, corpus, two_views=True)
-        with torch.no_grad():
-            objective(*corpus.batch(torch.arange(2))[:2])
-        talas.train(s, corpus, objective, partial(after_epoch, objective))
-        finish(s, cache | {"teacher": s.teacher}, partial(talas.save_student, objective))
+    objective = Online(student, new_matrices(s.method, student, teacher.dimensions), s)
+    corpus = OnlineCorpus(cache, student, teacher, s)
+    with torch.no_grad():  # what can't be done is said before hours of it
+        objective(*corpus.batch(torch.arange(len(corpus))[:2])[:2])
+    return corpus, objective
 
 
 def main(argv=None):
     """The command line: as that of talas.py, with a corpus and a teacher that runs online."""
-    run(parse_settings(argv))
+    baselines.run(parse_settings(argv), prepare)
 
 
 if __name__ == "__main__":

@@ -75,13 +75,13 @@ def train(args, teacher, dtype, s, kind):
     s = replace(s, resume=there, overwrite=not there)
     keeping = [partial(keep, out / "epochs")] if args.each_epoch else []
     if kind is online:
-        return online.run(s, *keeping)
+        return baselines.run(s, online.prepare, *keeping)
     cached = ["--teacher", teacher, "--output", s.teacher, "--corpus", args.corpus]
     with FileLock(f"{s.teacher}.waiting"):  # a cache that is there is kept
         cache_teacher.main([*cached, "--dtype", dtype, "--device", args.device])
     if kind is released:
         return released.train(args.released, s)
-    baselines.run(s, kind, *keeping)
+    baselines.run(s, partial(baselines.prepare, kind), *keeping)
 
 
 def run(args, seed, pair, row, check=False):
