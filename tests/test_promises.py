@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES, in_a_process, put
+from safetensors.torch import load_file, save_file
 
 import cache_teacher
 import eval as evaluation
@@ -28,6 +29,7 @@ PAIR, OTHER = {"sentence1": "a", "sentence2": "b"}, {"sentence1": "c", "sentence
 SELF = [dict.fromkeys(PAIR, text) | {"score": len(text)} for text in SENTENCES]
 TEXTS = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
 a_model, array = partial(shutil.copytree, "bert"), partial(partial, np.save)
+NAN, LESS = float("nan"), {"text": "b", "label": ""}
 TASK, TRAIN = "data/mine/test.jsonl", "data/mine/train.jsonl"
 
 
@@ -45,6 +47,13 @@ def flip_a_byte(path):
     raw, values = bytearray(path.read_bytes()), torch.load(path)["embeddings"].numpy().tobytes()
     raw[raw.index(values) + 1001] ^= 1
     path.write_bytes(raw)
+
+
+def torn(path):  # a model with a weight that is no number
+    a_model(path)
+    weights = load_file(path / "model.safetensors")
+    next(iter(weights.values()))[:] = NAN
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
 MISTAKES = [  # a script and its flags, words of the answer between "|", files that are there
@@ -93,11 +102,23 @@ MISTAKES = [  # a script and its flags, words of the answer between "|", files t
     ("eval bert", "0 or 1|2", (TASK, [PAIR | {"label": 1}, OTHER | {"label": 2}])),
     ("eval bert", "same score", (TASK, [PAIR | {"score": 2}, OTHER | {"score": 2}])),
     ("eval bert", "same cosine", (TASK, SELF)),
+    ("eval bert", "row 1 of mine, test|score is missing", (TASK, [PAIR | {"score": NAN}])),
+    (
+        "eval bert",
+        "row 2 of mine, train|label is missing",
+        (TASK, TEXTS),
+        (TRAIN, [TEXTS[0], LESS]),
+    ),
+    ("eval bert", "row 1 of mine|is not text", (TASK, [PAIR | {"sentence2": 3, "score": 1}])),
+    ("eval bert", "mine/test.jsonl|No such file", ("data/mine/tests.jsonl", TEXTS)),
+    ("eval torn", "torn gives embeddings that are not finite", ("torn", torn)),
+    ("eval lsa", "lsa belongs to the demo|data/corpus.jsonl"),
     ("eval bert", "train.jsonl|No such file", (TASK, TEXTS)),
     ("eval bert", "mine|train lacks: [1.0]", (TASK, TEXTS), (TRAIN, [TEXTS[0], TEXTS[0]])),
     ("eval bert", "train lacks: [0.0]", (TASK, TEXTS), (TRAIN, [{"text": "c", "label": "1"}])),
     ("eval bert", "called avg", ("data/avg/test.jsonl", [PAIR | {"score": i} for i in range(3)])),
     ("eval bert", "tasks.json|in_domain", ("data/tasks.json", '{"in_domain": ["other"]}')),
+    ("eval bert", "tasks.json|in_domain", ("data/tasks.json", '["sts"]')),
     ("eval tiny", "./tiny", ("tiny", a_model)),
     ("eval bert --data demo", "./demo", ("demo", a_model)),
     ("eval bert --data hub", "./hub", ("hub", a_model)),
@@ -163,4 +184,5 @@ def test_no_input_is_written_over(work):
         run("cache", "--teacher", teacher, "--overwrite")
     run("talas", "--teacher", "new.pt", "--student", "bert", "--epochs", 1)
     run("eval", "bert", "new")
+    evaluation.main(["bert", "--data", "data"])  # no --json, no file
     assert [one for one in all_of(work) if "new" not in str(one[0])] == before
