@@ -119,7 +119,7 @@ def test_a_table_is_read_as_it_was_meant(here):
 
     quoted = '\ufeffsource,text\r\nx,"a, ""b""\nc"\r\ny,d\r\n'
     assert read("c.csv", quoted) == (['a, "b"\nc', "d"], ["x", "y"])
-    assert read("c.tsv", "text\tsource\na, b\t\n") == (["a, b"], ["c"])
+    assert read("c.tsv", "text \t source\n\na, b\t\n") == (["a, b"], ["c"])
     assert read("c.jsonl", '\n{"text": "\u2028\x85", "source": 3}\n') == (["\u2028\x85"], ["3"])
     assert read("c.txt", 'a "b, \r\n\nd\x0be') == (['a "b, ', "", "d\x0be"], ["c"] * 3)
     assert read("theirs.csv", ",text,source\n0,i,wic\n7,a,sts\n") == (["i", "a"], ["wic", "sts"])
