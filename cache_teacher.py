@@ -22,7 +22,7 @@ from sklearn.pipeline import make_pipeline
 from support import attempt, fail, interruptible
 from support.data import is_word, unique_corpus
 from support.encoder import encode, tokenize
-from support.files import TORN, check_output, digest, load, positive, save
+from support.files import check_output, digest, load, positive, save
 from support.loading import load_encoder
 from support.run import pick_device
 
@@ -48,7 +48,8 @@ def fit_lsa(sentences):
 
 def read_array(path, n):
     """Embeddings from elsewhere: a .npy or .pt array (n, d_T), a row a sentence of the corpus."""
-    with attempt(f"read {path} as an array of numbers that numpy.save wrote", *TORN, TypeError):
+    errors = OSError, ValueError, TypeError  # the last one for an array of text
+    with attempt(f"read {path} as an array of numbers that numpy.save wrote", *errors):
         npy = path.endswith(".npy")
         array = torch.from_numpy(np.lib.format.open_memmap(path, "c")) if npy else load(path)
     if not torch.is_tensor(array) or not array.is_floating_point() or array.ndim != 2:
@@ -71,7 +72,7 @@ def read_teacher(args, texts, kept, n):
     how = args.pooling, args.max_length, DTYPES[args.dtype], pick_device(args.device)
     encoder = load_encoder(args.teacher, *how)
     tokens = tokenize(encoder, texts)
-    content = [encoder.identity(), *encoder.model.state_dict().values(), tokens.ids]
+    content = [encoder.identity(), *encoder.model.state_dict().values()]
     label = Path(args.teacher).name
     return encoder.pooling, content, partial(encode, encoder, tokens, args.batch_size, label)
 

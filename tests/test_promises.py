@@ -30,6 +30,7 @@ SELF = [dict.fromkeys(PAIR, text) | {"score": len(text)} for text in SENTENCES]
 TEXTS = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
 a_model, array = partial(shutil.copytree, "bert"), partial(partial, np.save)
 NAN, LESS = float("nan"), {"text": "b", "label": ""}
+NANS = torch.full((48, 4), NAN)
 TASK, TRAIN = "data/mine/test.jsonl", "data/mine/train.jsonl"
 
 
@@ -65,6 +66,7 @@ MISTAKES = [  # a script and its flags, words of the answer between "|", files t
     ("cache --corpus c.csv", "line 2|more than 2|quote", ("c.csv", "text,source\na, b,c\n")),
     ("cache --corpus c.csv", "c.csv, line 1|columns of one name", ("c.csv", "text,text\na,b\n")),
     ("cache --corpus c.tsv", 'line 3|begins with "', ("c.tsv", 'text\na\n"b\nc"\nd\n')),
+    ("cache --corpus c.jsonl", "line 1|no object", ("c.jsonl", "3\n")),
     ("cache --corpus c.jsonl", "line 1|repeated", ("c.jsonl", '{"text": "a", "text": "b"}\n')),
     ("cache --corpus c.txt", "c.txt|save it as UTF-8", ("c.txt", "a dog".encode("utf-16"))),
     ("cache --corpus c.jsonl", "save it as UTF-8, not packed", ("c.jsonl", b"\x1f\x8b\x08\x00")),
@@ -75,7 +77,11 @@ MISTAKES = [  # a script and its flags, words of the answer between "|", files t
     ("cache --teacher e.npy", "e.npy|int64|floats", ("e.npy", array(arr=ROWS.astype(int)))),
     ("cache --teacher e.npy", "e.npy|numpy.save wrote: the magic", ("e.npy", LFS)),
     ("cache --teacher e.pt", "e.pt|torch.save did not write it|Git LFS", ("e.pt", LFS)),
+    ("cache --teacher e.npy", "e.npy|can't convert", ("e.npy", array(arr=np.array(SENTENCES)))),
+    ("cache --teacher teacher.pt", "teacher.pt: <class 'dict'> is no array"),
     ("cache --teacher e.npy", "e.npy|too small", ("e.npy", array(arr=1e-17 * ROWS))),
+    ("cache --teacher e.npy", "e.npy: embeddings are zero", ("e.npy", array(arr=0 * ROWS))),
+    ("cache --teacher e.npy", "e.npy|not finite", ("e.npy", array(arr=ROWS * [np.inf, 1, 1, 1]))),
     ("cache --teacher lsa", "./lsa", ("lsa", a_model)),
     ("cache --over", "--over"),
     ("cache --output teacher.pt", "something else (48 sentences, random)|--overwrite"),
@@ -94,6 +100,7 @@ MISTAKES = [  # a script and its flags, words of the answer between "|", files t
     ("talas --teacher c.pt", "c.pt has format 9|make it anew", ("c.pt", saved(version=9))),
     ("talas --teacher c.pt", "it has no sentences", ("c.pt", lambda p: torch.save({}, p))),
     ("talas --teacher c.pt", "fingerprint", ("c.pt", saved(sentences=SENTENCES[::-1]))),
+    ("talas --teacher c.pt", "c.pt|damaged", ("c.pt", saved(embeddings=NANS, checksum=None))),
     ("talas --teacher c.pt", "c.pt|more than tensors", ("c.pt", saved(teacher=Hostile()))),
     ("talas --output teacher.pt --overwrite", "is the --teacher itself"),
     ("eval bert --json corpus.jsonl", "corpus.jsonl holds something else than scores"),
