@@ -10,7 +10,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +36,7 @@ from transformers import AutoModel, AutoTokenizer
 import talas
 from cache_teacher import fingerprint, load_cache
 from demo import tiny
+from study import baselines
 from support import run as runs
 from support.encoder import Corpus, encode, tokenize
 from support.loading import load_encoder
@@ -516,6 +517,31 @@ def test_a_mistake_in_a_setting_is_one_line(copy, flags, ends_with_one_line):
     assert sorted(left) in ([], ["checkpoint.pt", "metrics.jsonl"])
     for W in torch.load("out/checkpoint.pt")["states"]["weights"].values() if left else []:
         assert W.isfinite().all()
+
+
+ABOVE_0 = "temperature anchored_layers lr projection_lr_scale epochs batch_size max_length "
+ABOVE_0 += "projection_epochs student_temperature teacher_temperature"  # the baselines'
+
+
+@pytest.mark.parametrize("s", [Settings(), baselines.Settings()], ids=["talas", "baselines"])
+def test_which_settings_may_be_0(s, ends_with_one_line):
+    numbers = [field.name for field in fields(s) if field.init and field.type in (int, float)]
+    for name in numbers:
+        above = name in ABOVE_0.split()
+        for wrong in [0, -1, math.nan] if above else [-1, math.nan]:
+            line = f"--{name} {wrong}: it must be {'above' if above else 'at least'} 0"
+            ends_with_one_line(partial(runs.check_settings, replace(s, **{name: wrong})), line)
+        if not above:
+            runs.check_settings(replace(s, **{name: 0}))
+
+
+def test_without_tamd_a_corpus_does_what_the_cache_does(copy):
+    rows = [{"text": text} for text in load_cache("teacher.pt")["sentences"]]
+    put(".", {"c.jsonl": rows})
+    for teacher, output in (("teacher.pt", "a"), ("c.jsonl", "b")):
+        run(*copy, "--lambda2 0 --epochs 1 --teacher", teacher, "--output", output)
+        assert json.loads(Path(output, "talas.json").read_text())["teacher"] is None
+    assert result("a") == result("b")
 
 
 def test_a_student_without_dropout_is_told_of_where_simcse_needs_it(copy, capsys):
