@@ -88,48 +88,56 @@ def warp(cost):
     return path[::-1]
 
 
-def words_of(encoder, sentence, ends=False):
+def words_of(encoder, sentence, ends):
     """{position: str} of a sentence's tokens: no markers, lower case; without the special ones.
 
     With `ends` with them, under a name for a first one and one for others, unlike any word.
     """
     row, found = encoder.tokenizer.encode(sentence), {}  # cut, as tokenize() has set it
+    if all(row.special_tokens_mask):
+        fail(f"a tokenizer finds no word in the sentence {sentence[:60]!r}; leave it out")
     for i, (token, special) in enumerate(zip(row.tokens, row.special_tokens_mask)):
-        bare = token.removeprefix("##").strip("Ġ▁").lower()
-        found |= {i: ("\1" if i else "\0") * 20 if special else bare} if ends or not special else {}
+        if ends or not special:
+            bare = token.removeprefix("##").strip("Ġ▁").lower()
+            found[i] = ("\1" if i else "\0") * 20 if special else bare
     return found
 
 
 # ---------------------------------------------------------------------------- what a batch brings
-def token_states(encoder, batch, maps=()):
-    """States after the middle layer, number ceil(L / 2), and the last: two of (N, n, d).
+def token_states(encoder, batch, maps):
+    """A dict: middle and last, states after layers ceil(L / 2) and L, (N, n, d); sentence; mask.
 
-    maps: indices of layers whose attention is wanted, too, the mean over heads: (N, n, n) each. On
-    a CPU a right-padded batch goes through in pieces of like length; what is beyond them is 0.
+    maps: indices of up to two layers whose attention is wanted, too, as map and top: the mean over
+    heads, (N, n, n). On a CPU a right-padded batch goes through in pieces of like length; what is
+    beyond them is 0.
     """
-    model, lengths, n = encoder.model, batch["attention_mask"].sum(1), len(batch["input_ids"][0])
-    order, parts = lengths.argsort(stable=True), []
-    how = {"output_hidden_states": True} | ({"output_attentions": True} if maps else {})
+    model, mask, parts = encoder.model, batch["attention_mask"], []
+    lengths, how = mask.sum(1), {"output_attentions": True} if maps else {}
+    order = lengths.argsort(stable=True)
     for rows in order.split(PIECE if order.device.type == "cpu" else len(order)):
         longest = int(lengths[rows].max())
-        given = forward(model, {name: t[rows, :longest] for name, t in batch.items()}, **how)
-        attentions, rest = getattr(given, "attentions", None) or (), (0, n - longest)
+        piece = {name: t[rows, :longest] for name, t in batch.items()}
+        given = forward(model, piece, output_hidden_states=True, **how)
+        attentions, rest = getattr(given, "attentions", None) or (), (0, mask.shape[1] - longest)
         if maps and len(attentions) < encoder.layers:
             fail(f"--method emo needs attention maps; a {type(model).__name__} does not give them")
         two = [given.hidden_states[i] for i in ((encoder.layers + 1) // 2, -1)]  # 0: embeddings
         parts.append([F.pad(h.float(), (0, 0, *rest)) for h in two])
         parts[-1] += [F.pad(attentions[i].float().mean(1), rest * 2) for i in maps]
-    return [torch.cat(pieces)[order.argsort()] for pieces in zip(*parts)]
+    whole = [torch.cat(pieces)[order.argsort()] for pieces in zip(*parts)]
+    found = dict(zip(("middle", "last", "map", "top"), whole))
+    return found | {"mask": mask, "sentence": pool(found["last"], mask, encoder.pooling)}
 
 
-def emo_targets(attention, pairs, links, mask, student_mask):
+def emo_targets(teacher, pairs, student_mask):
     """What EMO takes from the teacher's last attention, (N, n_T, n_T), as a dict.
 
     importance, (N, n_T): softmax of what a token receives. mass, (N, n_S): of the tokens linked to
     the student's, made to sum to 1. rows: N of (student's, teacher's), positions of the pairs' most
     important third, three at least; () where there are fewer.
     """
-    received, rows = (attention * mask[:, :, None]).sum(1), []  # nothing from padding
+    mask, links, rows = teacher["mask"], teacher["links"], []
+    received = (teacher["top"] * mask[:, :, None]).sum(1)  # nothing from padding
     importance = received.masked_fill(mask == 0, -torch.inf).softmax(-1)
     least = importance.masked_fill(mask == 0, torch.inf).amin(1)[:, None]  # for what has no link
     linked = (links @ importance[:, :, None]).squeeze(-1)
@@ -161,10 +169,8 @@ class OnlineCorpus(Corpus):
         links: for cdm the path; for dskd each word with each; for emo each student token with the
         last teacher token that has it nearest. mutual, emo's: both have each other nearest.
         """
-        sides, method = (self.student, self.teacher), self.s.method
+        method, sides = self.s.method, (self.student, self.teacher)
         own, its = (words_of(side, sentence, ends=method == "emo") for side in sides)
-        if not all(words_of(side, sentence) for side in sides):
-            fail(f"a tokenizer finds no word in the sentence {sentence[:60]!r}; leave it out")
         s, t = list(own), list(its)
         if method == "dskd":
             return [(i, j) for i in s for j in t], []
@@ -181,22 +187,16 @@ class OnlineCorpus(Corpus):
     def batch(self, rows):
         """Positions (N,) -> the student's tokens; a dict of the teacher's side; domains, (N,)."""
         tokens, _, domains = super().batch(rows)
-        teacher, L_S, rows = self.teacher, self.student.layers, rows.tolist()
+        teacher, L_S, mask = self.teacher, self.student.layers, tokens["attention_mask"]
         block = L_S * (teacher.layers // L_S) - 1  # the layer where the student's last one would be
-        its = pad(self.teacher_tokens, rows, teacher.model)
         maps = (block, -1) if self.s.method == "emo" else ()
-        middle, last, *maps = token_states(teacher, its, maps)
-        mask, student_mask = its["attention_mask"], tokens["attention_mask"]
+        its = token_states(teacher, pad(self.teacher_tokens, rows, teacher.model), maps)
         sets, mutual = zip(*(self.matches[i] for i in rows))
-        links = torch.zeros(*student_mask.shape, mask.shape[1])  # (N, n_S, n_T)
+        links = torch.zeros(*mask.shape, its["mask"].shape[1])  # (N, n_S, n_T)
         for link, pairs in zip(links, sets):
             link[tuple(pairs.T.astype(int))] = 1
-        given = {"mask": mask, "links": (links := links.to(last)), "middle": middle, "last": last}
-        given["sentence"] = pool(last, mask, teacher.pooling)
-        if maps:
-            given["map"] = maps[0]
-            given |= emo_targets(maps[1], mutual, links, mask, student_mask)
-        return tokens, given, domains
+        its["links"] = links.to(its["last"])
+        return tokens, its | (emo_targets(its, mutual, mask) if maps else {}), domains
 
 
 # ---------------------------------------------------------------------------------- the objectives
@@ -249,10 +249,9 @@ def dskd_loss(W, student, teacher, s):
 
     Words: each side's middle layer, and what attention makes of the other's.
     """
-    names = "middle", "sentence", "mask"
-    (S, e_S, mask_S), (T, e_T, mask_T) = ([x[name] for name in names] for x in (student, teacher))
-    own = attention(S @ W["q_S"], T @ W["k_T"], mask_T) @ (T @ W["v_T"])  # (N, n_S, d_S)
-    its = attention(T @ W["q_T"], S @ W["k_S"], mask_S) @ (S @ W["v_S"])  # (N, n_T, d_T)
+    (S, e_S), (T, e_T) = ((x["middle"], x["sentence"]) for x in (student, teacher))
+    own = attention(S @ W["q_S"], T @ W["k_T"], teacher["mask"]) @ (T @ W["v_T"])  # (N, n_S, d_S)
+    its = attention(T @ W["q_T"], S @ W["k_S"], student["mask"]) @ (S @ W["v_S"])  # (N, n_T, d_T)
     words, its_words = teacher["links"].any(-1), teacher["links"].any(-2)
     pairs = [(e_S @ W["to_T"], e_T), (e_S, e_T @ W["to_S"])]
     pairs += [(S[words], own[words]), (T[its_words], its[its_words])]
@@ -284,14 +283,11 @@ class Online(talas.Objective):
 
     def forward(self, tokens, teacher, domains=None):
         """(loss, {its terms}); tokens as in talas.embed, teacher as in OnlineCorpus.batch."""
-        s, N, mask = self.s, len(tokens["input_ids"]), tokens["attention_mask"].repeat(2, 1)
+        s, N = self.s, len(tokens["input_ids"])
         twice = {name: t.repeat(2, 1) for name, t in tokens.items()}  # (2N, n_S)
-        maps = (-1,) if s.method == "emo" else ()
-        states = token_states(self.student, twice, maps)
-        z, z_prime = pool(states[1], mask, self.student.pooling).split(N)
-        names = ("middle", "last", "map")  # of the first view
-        first = {"sentence": z, "mask": mask[:N]} | {n: x[:N] for n, x in zip(names, states)}
-        simcse = talas.simcse_loss(z, z_prime, s.temperature)
+        both = token_states(self.student, twice, (-1,) if s.method == "emo" else ())
+        first = {name: x[:N] for name, x in both.items()}  # the view that is distilled
+        simcse = talas.simcse_loss(*both["sentence"].split(N), s.temperature)
         method = {"cdm": cdm_loss, "dskd": dskd_loss, "emo": emo_loss}[s.method]
         own = method(dict(zip(MATRICES[s.method], self.projections)), first, teacher, s)
         loss = (1.0 if s.method == "dskd" else 0.5) * simcse + own
@@ -302,8 +298,7 @@ class Online(talas.Objective):
 def parse_settings(argv):
     """Settings from the command line; the defaults are the method's own."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.error = fail
-    first.add_argument("--method", default="cdm")
+    first.add_argument("--method", nargs="?", default=Settings.method)
     method = first.parse_known_args(argv)[0].method
     return talas.parse_settings(argv, Settings, **OWN.get(method, {}))
 
