@@ -63,6 +63,12 @@ def distill_loss(e, teacher, distance):
     return (1 - F.cosine_similarity(e, teacher)).mean()
 
 
+def cosines(e):
+    """The cosine of every pair of sentences: (N, d) -> (N (N - 1) / 2,)."""
+    i, j = torch.triu_indices(len(e), len(e), offset=1, device=e.device)
+    return talas.relation_matrix(e)[i, j]
+
+
 def similarity_loss(e, teacher):
     """Jasper and Stella's L_sim (Zhang et al., 2025), of (N, d): mean square of R's difference."""
     return F.mse_loss(talas.relation_matrix(e), talas.relation_matrix(teacher))
@@ -74,8 +80,7 @@ def relative_similarity_loss(e, teacher, margin):
     s, t: the similarities of the N (N - 1) / 2 pairs of sentences, to the student, to the teacher.
     Of two pairs, the one more alike to the teacher is to be so to the student. Memory: N⁴.
     """
-    i, j = torch.triu_indices(len(e), len(e), offset=1, device=e.device)
-    s, t = (talas.relation_matrix(x)[i, j] for x in (e, teacher))  # (P,)
+    s, t = cosines(e), cosines(teacher)  # (P,)
     ordered = t[:, None] > t[None, :]  # (P, P): of two pairs each way round, the teacher's
     hinges = F.relu(s[None, :] - s[:, None] + margin)[ordered]
     return hinges.sum() / max(len(hinges), 1)  # a teacher to whom all are alike orders none
@@ -145,7 +150,7 @@ def first_stage(s, corpus, objective):
     objective.model.requires_grad_(True)
 
 
-def prepare(kind, s, cache):
+def prepare(s, cache, kind=Baseline):
     """(corpus, objective) of a cache, with an objective of that kind."""
     if s.batch_size < 3 and kind is Baseline and s.method != "distill":
         fail(f"--batch_size {s.batch_size}: {s.method} compares sentences; take 3 or more")
@@ -174,7 +179,7 @@ def run(s, prepare, after_epoch=lambda objective, epoch: None):
 
 def main(argv=None):
     """The command line: as that of talas.py, with a first stage for stella."""
-    run(talas.parse_settings(argv, Settings), partial(prepare, Baseline))
+    run(talas.parse_settings(argv, Settings), prepare)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import talas
 from cache_teacher import load_cache
-from study import baselines, online, released, results
+from study import online, released, results, run
 from study.results import BENCH, TABLE3
 from support import fail
-from support.encoder import Corpus, encode, pad, pool, tokenize
+from support.encoder import encode, pad, pool, tokenize
 from support.files import check_output, positive
 from support.loading import load_encoder
 from support.run import memory_mb, pick_device
@@ -51,15 +51,9 @@ class Plain(talas.Objective):
         return loss, terms | {"loss": loss}
 
 
-OURS = {  # of a side that is a step of ours: its settings and its objective
-    "talas": {},
-    "bfloat16": {"precision": "bfloat16"},
-    "adamw": {"optimizer": "adamw"},
-    "simcse": {"optimizer": "adamw", "lambda1": 1.0, "lambda2": 0.0, "lambda3": 0.0},
-    "plain": {"kind": Plain},
-    **{m: {"kind": baselines.Baseline, "method": m} for m in ("distill", "stella", "distillcse")},
-    **{m: {"kind": online.Online, "method": m} for m in online.OWN},
-}
+OURS = {"talas": ["STLA"], "adamw": ["STL"], "simcse": ["S"], "plain": ["STLA"]}
+OURS |= {"bfloat16": ["STLA", "--precision=bfloat16"]}  # sides that are steps of ours: row, flags
+OURS |= {name: [name] for name in ("distill", "stella", "distillcse", *online.OWN)}
 
 
 def turns(cache):
@@ -68,21 +62,18 @@ def turns(cache):
         yield from talas.batches(len(cache["sentences"]), talas.Settings(batch_size=N), epoch)
 
 
-def ours(cache, args, device, kind=talas.Objective, **settings):
-    """A step of talas.train's loop, with an objective of that kind: a function of positions."""
-    if kind is online.Online:
-        flags = ["--method", settings["method"], "--teacher", args.teacher, "--device", f"{device}"]
-        flags += ["--student", args.student, "--teacher_dtype", "bfloat16"]
-        corpus, objective = online.prepare(s := online.parse_settings(flags), cache)
-    else:
-        s = (baselines if kind is baselines.Baseline else talas).Settings(**settings)
-        corpus = Corpus(cache, student := load_encoder(args.student, device=device))
-        objective = kind(student, talas.new_projections(s, student, corpus.d_T), s)
+def ours(name, cache, args, device):
+    """A step of talas.train's loop: a function of positions, (N,)."""
+    row, *flags = OURS[name]
+    flags += [f"--student={args.student}", f"--teacher={args.teacher}", f"--device={device}"]
+    s, prepare = run.method_of(row, flags)
+    plain = {"kind": Plain} if name == "plain" else {}
+    corpus, objective = prepare(s, cache, **plain)
     asam, scheduler = talas.make_optimizer(s, objective.train(), 10**6)
 
     def step(rows):
         tokens, teacher, domains = corpus.batch(rows)
-        tokens = [cache["sentences"][i] for i in rows] if kind is Plain else tokens
+        tokens = [cache["sentences"][i] for i in rows] if plain else tokens
         talas.training_step(objective, asam, tokens, teacher, domains, s)
         scheduler.step()
 
@@ -99,7 +90,7 @@ def load(name, args, device):
 def side(name, cache, args, device):
     """A side of a row, a function of positions: a step, or embedding 32 batches."""
     if name in OURS:
-        return ours(cache, args, device, **OURS[name])
+        return ours(name, cache, args, device)
     texts = cache["sentences"][: 32 * N]
     if name == "released":  # which tokenises each batch itself
         with tempfile.TemporaryDirectory() as work:
@@ -119,14 +110,14 @@ def in_turn(sides, batches, device):
     """The ms that each side takes for each batch that counts: a list of lists."""
     times = []
     for i, rows in enumerate(batches):
-        turn = {}
-        for which in range(len(sides))[:: 1 if i % 2 else -1]:
+        turn = dict.fromkeys(sides)
+        for step in sides[:: 1 if i % 2 else -1]:
             start = time.perf_counter()
-            sides[which](rows)
+            step(rows)
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
-            turn[which] = 1000 * (time.perf_counter() - start)
-        times.append([turn[which] for which in range(len(sides))])
+            turn[step] = 1000 * (time.perf_counter() - start)
+        times.append(list(turn.values()))
     return times[WARM_UP:]
 
 
@@ -143,41 +134,35 @@ def peak_mb(step, cache, device):
     return max(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]")) / 2**20
 
 
-def extra_memory(cache, args, device):
-    """ASAM's extra peak of memory, over that of the weights that it moves."""
-    sides = (side(name, cache, args, device) for name in ("adamw", "talas"))
-    less, more = (peak_mb(step, cache, device) for step in sides)
-    encoder = load_encoder(args.student)
-    used = [p.numel() for key, p in encoder.model.named_parameters() if "pooler" not in key]
-    used.append(2 * encoder.dimensions * cache["embeddings"].shape[1])  # the W_l
-    return (more - less) / (4 * sum(used) / 2**20)
-
-
 def table3(cache, args, device):
     """{side: {ms, and MB: teacher, student, rest}} of the paper's Table 3, a cache's share last."""
-    found, steps, mb = {}, {}, {}
-    for name in ("cached", "encode"):
-        mb[name] = sum(p.nbytes for p in load(name, args, device).model.parameters()) / 2**20
-    for name in [name for name in TABLE3 if name != "cached"]:
-        steps[name] = side(name, cache, args, device)
-        rest = peak_mb(steps[name], cache, device)
-        teacher = mb["cached"] if name in online.OWN else 0
-        found[name] = {"teacher": teacher, "student": mb["encode"], "rest": rest}
+    both = [load(name, args, device).model.parameters() for name in ("cached", "encode")]
+    teacher, student = (sum(p.nbytes for p in weights) / 2**20 for weights in both)
+    steps = {name: side(name, cache, args, device) for name in TABLE3}
+    share, found = steps.pop("cached"), {}
+    for name, step in steps.items():
+        held = teacher if name in online.OWN else 0
+        found[name] = {"teacher": held, "student": student, "rest": peak_mb(step, cache, device)}
     batches = list(itertools.islice(turns(cache), WARM_UP + args.turns))
-    ms = list(zip(*in_turn(list(steps.values()), batches, device)))
-    steps["cached"] = side("cached", cache, args, device)
-    few = in_turn([steps["cached"]], batches[: WARM_UP + 2], device)
-    ms.append([one / 32 / EPOCHS for (one,) in few])  # of 32 batches, once in all epochs
-    found["cached"] = {"teacher": mb["cached"]}
-    for name, times in zip(steps, ms):
-        found[name]["ms"] = statistics.median(times)
-    return {name: found[name] for name in TABLE3}
+    for name, ms in zip(found, zip(*in_turn(list(steps.values()), batches, device))):
+        found[name]["ms"] = statistics.median(ms)
+    few = in_turn([share], batches[: WARM_UP + 2], device)  # of 32 batches, once in all epochs
+    ms = statistics.median(one for (one,) in few) / 32 / EPOCHS
+    return found | {"cached": {"teacher": teacher, "ms": ms}}
 
 
 def measure(name, cache, args, device):
-    """[ratio, ms of the first side, ms of the second] of a row; of memory the ratio alone."""
+    """[ratio, ms of the first side, ms of the second] of a row; of memory the ratio alone.
+
+    That is of ASAM's extra peak to the weights that it moves.
+    """
     if name == "memory":
-        return [extra_memory(cache, args, device)]
+        steps = (side(one, cache, args, device) for one in ("adamw", "talas"))
+        less, more = (peak_mb(step, cache, device) for step in steps)
+        encoder = load_encoder(args.student)
+        used = [p.numel() for key, p in encoder.model.named_parameters() if "pooler" not in key]
+        used.append(2 * encoder.dimensions * cache["embeddings"].shape[1])  # the W_l
+        return [(more - less) / (4 * sum(used) / 2**20)]
     sides = [side(BENCH[name][each], cache, args, device) for each in ("first", "second")]
     count = WARM_UP + max(args.turns // (4 if name == "caching" else 1), 1)
     times = in_turn(sides, itertools.islice(turns(cache), count), device)

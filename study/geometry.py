@@ -17,6 +17,7 @@ from scipy.stats import spearmanr
 
 import talas
 from cache_teacher import load_cache
+from study.baselines import cosines
 from study.results import command_line, record
 from support import fail
 from support.encoder import Corpus, pooled_layers
@@ -24,12 +25,6 @@ from support.files import check_output, load
 from support.loading import load_encoder
 
 SENTENCES, N = 960, 32
-
-
-def cosines(E):
-    """The cosine of every pair of sentences: (n, d) -> (n (n - 1) / 2,)."""
-    i, j = torch.triu_indices(len(E), len(E), offset=1)
-    return talas.relation_matrix(E.double())[i, j]
 
 
 @torch.no_grad()
@@ -41,8 +36,9 @@ def geometry(student, projections, corpus, rows):
     embedded = [pooled_layers(student, tokens) for tokens, _, _ in batches]
     layers = list(map(torch.cat, zip(*embedded)))  # L of (n, d_S)
     for number, E in enumerate(layers, 1):
-        rank = 100 * float(spearmanr(cosines(E), cosines(teacher)).statistic)
-        found.append({"layer": number, "spread": 1 - cosines(E).mean().item(), "spearman": rank})
+        alike, target = cosines(E.double()), cosines(teacher.double())  # (n (n - 1) / 2,)
+        rank = 100 * float(spearmanr(alike, target).statistic)
+        found.append({"layer": number, "spread": 1 - alike.mean().item(), "spearman": rank})
     for one, E, W in zip(found[::-1], layers[::-1], projections[::-1]):
         one["tamd"] = talas.tamd_loss([E], [W], teacher).item()
     return found

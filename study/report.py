@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from scipy.stats import t
 
 from study import plots, results
-from study.results import AVERAGES, CLAIMS, NAMES, ROWS, pairs, runs, scores
+from study.results import AVERAGES, CLAIMS, NAMES, ROWS, scores
 from support import attempt, fail
 
 IN_SHORT = ("before", "distill", "stella", "distillcse", "STL", "STLA")  # a summary's rows
@@ -37,54 +37,53 @@ def mean_sd(values, sign=""):
     return f"{text} ± {statistics.stdev(values):.2f}" if len(values) > 1 else text
 
 
-def gains(entries, pair, row, without):
+def gains(runs, row, without):
     """What a row's Avg is above another's, with each seed that both have; an untrained has one."""
-    a, b = scores(entries, pair, row), scores(entries, pair, without)
+    a, b = (scores(runs.get(one, [])) for one in (row, without))
     b = dict.fromkeys(a, *b.values()) if b and without in results.UNTRAINED else b
     return [a[seed] - b[seed] for seed in a if seed in b]
 
 
-def chance(entries, pair, task):
+def chance(runs, task):
     """[How far two runs differ by their seeds alone, at most, 19 times of 20]; pooled over rows."""
-    found = [[*scores(entries, pair, row, task).values()] for row in ROWS]
+    found = [[*scores(some, task).values()] for some in runs.values()]
     found = [some for some in found if len(some) > 1]
     free = sum(len(some) - 1 for some in found)
     squares = sum(statistics.variance(some) * (len(some) - 1) for some in found)
     return [t.ppf(0.975, free) * math.sqrt(2 * squares / free)] if free else []
 
 
-def score_table(entries, pair, rows, tasks=None, names="row"):
+def score_table(runs, rows, tasks=None, names="row"):
     """Tasks (the mean) and averages of these rows, all and what chance may do, or some of them."""
-    rows = [row for row in rows if runs(entries, pair, row)]
-    every = tasks or (rows and list(runs(entries, pair, rows[0])[0]["scores"]))
-    table = []
+    rows, table = [row for row in rows if row in runs], []
+    every = tasks or (rows and list(runs[rows[0]][0]["scores"]))
     for row in rows:
-        texts = {task: mean_sd(list(scores(entries, pair, row, task).values())) for task in every}
+        texts = {task: mean_sd([*scores(runs[row], task).values()]) for task in every}
         brief = [text if task in AVERAGES else text.split(" ±")[0] for task, text in texts.items()]
         table.append([ROWS[row][names], *brief])
-    bounds = [] if tasks else [chance(entries, pair, task) for task in every]
+    bounds = [] if tasks else [chance(runs, task) for task in every]
     table += [["chance", *map(mean_sd, bounds)]] if any(bounds) else []
     return ["", *(NAMES.get(task, task) for task in every)], table
 
 
-def gain_table(entries, over):
+def gain_table(runs, over):
     """Gains in Avg: of TALAS over other methods, or of its parts; the paper's, others', the pairs'.
 
     Others' are reruns on the paper's pairs (study/README.md).
     """
-    there, rows, given = pairs(entries), [], ["paper", "others"] if over else ["paper"]
+    rows, given = [], ["paper", "others"] if over else ["paper"]
     for claim, about in CLAIMS.items():
         row, without = about["row"], about["without"]
-        worth = [mean_sd(gains(entries, pair, row, without), "+") for pair in there]
+        worth = [mean_sd(gains(own, row, without), "+") for own in runs.values()]
         if claim.startswith("TALAS over") == over and any(text != "–" for text in worth):
             rows.append([f"{claim}: {row} − {without}", *(about[x] for x in given), *worth])
     names = ["the paper's pairs", "the same, by others"][: len(given)]
-    return ["gain in Avg", *names, *(f"pair {pair}" for pair in there)], rows
+    return ["gain in Avg", *names, *(f"pair {pair}" for pair in runs)], rows
 
 
-def sharpness_table(entries, pair):
+def sharpness_table(runs):
     """The paper's Table 4: λ_max after each epoch."""
-    found = {row: [e.get("lambda_max", {}) for e in runs(entries, pair, row)] for row in ROWS}
+    found = {row: [e.get("lambda_max", {}) for e in some] for row, some in runs.items()}
     found = {row: curves for row, curves in found.items() if any(curves)}
     epochs = sorted({epoch for curves in found.values() for c in curves for epoch in c}, key=int)
     at = {row: [[c[e] for c in curves if e in c] for e in epochs] for row, curves in found.items()}
@@ -110,9 +109,9 @@ def bench_table(entry):
     return ["", "ratio", "target", "ms"], rows
 
 
-def cost_table(entry):
+def cost_table(sides):
     """The paper's Table 3: a step's ms, its ratio to TALAS's two, the peak of memory in MB."""
-    sides, rows, at = entry["table3"], [], results.TABLE3
+    rows, at = [], results.TABLE3
     for name, side in sides.items():
         ratios = []
         for other in ("adamw", "talas"):
@@ -128,17 +127,18 @@ def cost_table(entry):
 
 def tables(entries):
     """{name: (header, rows)} of all that there are results for."""
-    found = {"gains": gain_table(entries, over=False), "methods": gain_table(entries, over=True)}
+    runs = results.runs(entries)
+    found = {"gains": gain_table(runs, over=False), "methods": gain_table(runs, over=True)}
     found["geometry"] = geometry_table(entries)
-    for pair in pairs(entries):
-        found[f"scores-{pair}"] = score_table(entries, pair, ROWS)
-        found[f"main-{pair}"] = score_table(entries, pair, MAIN)
-        found[f"summary-{pair}"] = score_table(entries, pair, IN_SHORT, AVERAGES, "in words")
-        found[f"sharpness-{pair}"] = sharpness_table(entries, pair)
-    benches = {key: entry for key, entry in entries.items() if key.startswith("bench/")}
-    found |= {key.replace("/", "-"): bench_table(entry) for key, entry in benches.items()}
-    timed = {key: entry for key, entry in benches.items() if "table3" in entry}
-    found |= {f"cost{key[5:].replace('/', '-')}": cost_table(e) for key, e in timed.items()}
+    for pair, own in runs.items():
+        found[f"scores-{pair}"] = score_table(own, ROWS)
+        found[f"main-{pair}"] = score_table(own, MAIN)
+        found[f"summary-{pair}"] = score_table(own, IN_SHORT, AVERAGES, "in words")
+        found[f"sharpness-{pair}"] = sharpness_table(own)
+    for key in (key for key in entries if key.startswith("bench/")):
+        name = key.replace("/", "-")
+        found[name] = bench_table(entries[key])
+        found[name.replace("bench", "cost", 1)] = cost_table(entries[key].get("table3", {}))
     return {name: table for name, table in found.items() if table[1]}
 
 
@@ -188,7 +188,7 @@ def main(argv=None):
         with attempt(f"write {args.latex}"):
             args.latex.write_text("\n".join(f"% {n}\n{latex(*made[n])}" for n in made), "utf-8")
     if args.plots:
-        with attempt(f"write plots to {args.plots}", OSError, ImportError):
+        with attempt(f"write plots to {args.plots}", OSError):
             args.plots.mkdir(parents=True, exist_ok=True)
             plots.draw_all(entries, args.plots)
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -84,25 +85,24 @@ def describe(out):
         told["cost"] = {"ms_per_step": told["cost"].get("ms_per_step")}
     return told | {
         "settings": portable(told["settings"]),
-        "teacher": Path(told["teacher"]).name,
+        "teacher": Path(told["teacher"] or "").name,
         "machine": machine(),
         "history": {key: [round(line[key], 6) for line in steps] for key in kept},
         "lambda_max": {str(line["end_of_epoch"]): line["lambda_max"] for line in ends},
     }
 
 
-def pairs(results):
-    """The pairs that there are runs of."""
-    return list(dict.fromkeys(entry["pair"] for entry in results.values() if "pair" in entry))
+def runs(results):
+    """{pair: {row: the entries of its runs, in the seeds' order}}, of what there are runs of."""
+    own = sorted((e for e in results.values() if "pair" in e), key=lambda entry: entry["seed"])
+    found = {}
+    for pair, row in product(sorted({entry["pair"] for entry in own}), ROWS):
+        if some := [e for e in own if (e["pair"], e["row"]) == (pair, row)]:
+            found.setdefault(pair, {})[row] = some
+    return found
 
 
-def runs(results, pair, row):
-    """The entries of a row of a pair, in the seeds' order."""
-    found = [e for e in results.values() if (e.get("pair"), e.get("row")) == (pair, row)]
-    return sorted(found, key=lambda entry: entry["seed"])
-
-
-def scores(results, pair, row, task="avg"):
+def scores(runs, task="avg"):
     """{seed: score} of a task or an average; runs whose average is of no task are left out."""
-    found = [entry for entry in runs(results, pair, row) if entry["scores"][task] is not None]
-    return {entry["seed"]: entry["scores"][task] for entry in found}
+    found = {entry["seed"]: entry["scores"][task] for entry in runs}
+    return {seed: score for seed, score in found.items() if score is not None}

@@ -55,8 +55,15 @@ class Released(talas.Objective):
         return loss, terms | {"loss": loss}
 
 
-ONLINE = {row: online for row in ROWS if row.split("-")[0] in online.OWN}
-KINDS = {"STLA-released": Released, "released-code": released} | ONLINE  # objective, or module
+def method_of(row, flags):
+    """(settings of a row and these flags; what makes (corpus, objective) of them and a cache)."""
+    flags = [*flags, *ROWS[row]["flags"].split()]
+    if row.split("-")[0] in online.OWN:
+        return online.parse_settings(flags), online.prepare
+    if "--method" in flags:
+        return talas.parse_settings(flags, baselines.Settings), baselines.prepare
+    kind = Released if row == "STLA-released" else talas.Objective
+    return talas.parse_settings(flags), partial(baselines.prepare, kind=kind)
 
 
 def keep(folder, objective, epoch):
@@ -66,7 +73,7 @@ def keep(folder, objective, epoch):
     (folder / "draft").rename(folder / str(epoch))
 
 
-def train(args, teacher, dtype, s, kind):
+def train(args, teacher, dtype, s, row, prepare):
     """Train one row, unless its output holds just that; an interrupted training goes on."""
     out, told = Path(s.output), read_json(Path(s.output, "talas.json")).get("settings", {})
     lacks, there = s.sharpness and not told.get("sharpness"), (out / "checkpoint.pt").exists()
@@ -74,14 +81,13 @@ def train(args, teacher, dtype, s, kind):
         return
     s = replace(s, resume=there, overwrite=not there)
     keeping = [partial(keep, out / "epochs")] if args.each_epoch else []
-    if kind is online:
-        return baselines.run(s, online.prepare, *keeping)
-    cached = ["--teacher", teacher, "--output", s.teacher, "--corpus", args.corpus]
-    with FileLock(f"{s.teacher}.waiting"):  # a cache that is there is kept
-        cache_teacher.main([*cached, "--dtype", dtype, "--device", args.device])
-    if kind is released:
+    if prepare is not online.prepare:
+        cached = ["--teacher", teacher, "--output", s.teacher, "--corpus", args.corpus]
+        with FileLock(f"{s.teacher}.waiting"):  # a cache that is there is kept
+            cache_teacher.main([*cached, "--dtype", dtype, "--device", args.device])
+    if row == "released-code":
         return released.train(args.released, s)
-    baselines.run(s, partial(baselines.prepare, kind), *keeping)
+    baselines.run(s, prepare, *keeping)
 
 
 def run(args, seed, pair, row, check=False):
@@ -92,15 +98,9 @@ def run(args, seed, pair, row, check=False):
     if "/" not in teacher:
         teacher, student = str(args.models / teacher), str(args.models / student)
     own = {"teacher": cache, "student": student, "output": out, "seed": seed, "device": args.device}
-    method = "--method" in ROWS[row]["flags"]
-    kind = KINDS.get(row, baselines.Baseline if method else talas.Objective)
-    own |= {"teacher": teacher, "corpus": args.corpus} if kind is online else {}
-    flags = [f"--{name}={value}" for name, value in own.items()]
-    flags += [*args.flags, *ROWS[row]["flags"].split()]
-    if kind is online:
-        s = online.parse_settings(flags)
-    else:
-        s = talas.parse_settings(flags, baselines.Settings if method else talas.Settings)
+    s, prepare = method_of(row, [*(f"--{name}={own[name]}" for name in own), *args.flags])
+    if prepare is online.prepare:
+        s = replace(s, teacher=teacher, corpus=args.corpus)
     check_settings(s)
     entry = {"pair": pair, "row": row, "seed": seed, "data": Path(args.data).name}
     entry["settings"] = None if row in UNTRAINED else portable(asdict(s))
@@ -113,7 +113,7 @@ def run(args, seed, pair, row, check=False):
     out.mkdir(exist_ok=True)
     if entry["settings"]:
         array = args.embeddings if "/" not in about["teacher"] else None
-        train(args, array or teacher, about["dtype"], s, kind)
+        train(args, array or teacher, about["dtype"], s, row, prepare)
         entry |= results.describe(out)
     model, file = {"teacher": teacher, "before": student}.get(row, f"{out}"), f"{out}/scores.json"
     evaluation.main([model, "--data", args.data, "--json", file, "--device", args.device])
@@ -136,8 +136,8 @@ def parse_args(argv):
     flag("--released", help="a clone of the released code, for the row released-code")
     flag("--work", type=Path, default=results.HERE / "runs", help="for caches and students")
     args, args.flags = parser.parse_known_args(argv)
-    every = [row for row in ROWS if row not in BY_NAME] if "all" in args.rows else []
-    args.rows = [row for row in ROWS if row in [*every, *args.rows]]
+    most = [row for row in ROWS if row not in BY_NAME and "all" in args.rows]
+    args.rows = [row for row in ROWS if row in [*most, *args.rows]]
     if "released-code" in args.rows and not args.released:
         fail("--rows released-code needs a clone of that code, --released DIR")
     for given in (flag for flag in args.flags if flag.startswith("--")):
