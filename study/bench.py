@@ -196,9 +196,8 @@ def main(argv=None):
                 found = entry["table3"] = table3(cache, args, device)
             else:
                 ratio, *ms = measure(name, cache, args, device)
-                label, target = BENCH[name]["label"], BENCH[name]["target"]
-                found = {"label": label, "target": target, "ratio": ratio, "ms": ms}
-                entry["rows"][name] = found
+                found = {key: BENCH[name][key] for key in ("label", "target")}
+                entry["rows"][name] = found = found | {"ratio": ratio, "ms": ms}
         print(*found.values(), flush=True)
         results.record(args.results, key, entry)
 

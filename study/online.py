@@ -286,8 +286,9 @@ class Online(talas.Objective):
         s, N = self.s, len(tokens["input_ids"])
         twice = {name: t.repeat(2, 1) for name, t in tokens.items()}  # (2N, n_S)
         both = token_states(self.student, twice, (-1,) if s.method == "emo" else ())
-        first = {name: x[:N] for name, x in both.items()}  # the view that is distilled
-        simcse = talas.simcse_loss(*both["sentence"].split(N), s.temperature)
+        z, z_prime = both["sentence"].split(N)
+        first = {name: x[:N] for name, x in both.items()} | {"sentence": z}  # the first view
+        simcse = talas.simcse_loss(z, z_prime, s.temperature)
         method = {"cdm": cdm_loss, "dskd": dskd_loss, "emo": emo_loss}[s.method]
         own = method(dict(zip(MATRICES[s.method], self.projections)), first, teacher, s)
         loss = (1.0 if s.method == "dskd" else 0.5) * simcse + own
@@ -310,7 +311,6 @@ def prepare(s, cache):
     student = talas.load_student(s, cache["sentences"])
     how = s.teacher_pooling, s.max_length, DTYPES[s.teacher_dtype], student.model.device
     teacher = load_encoder(s.teacher, *how)
-    teacher.model.requires_grad_(False)
     cache["teacher"] = s.teacher
     for encoder in (student, teacher) if s.method == "emo" else ():
         encoder.model.set_attn_implementation("eager")  # the fused kernels give no maps

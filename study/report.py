@@ -25,10 +25,10 @@ from support import attempt, fail
 
 IN_SHORT = ("before", "distill", "stella", "distillcse", "STL", "STLA")  # a summary's rows
 MAIN = [row for row in ROWS if not re.match("STLA?-", row)]  # all but variants
-SIGNS = {sign: f"\\{sign}" for sign in "_%&#${}"} | {"\\": r"\textbackslash{}", "–": "--"}
-SIGNS |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-SIGNS |= {sign: f"${sign}$" for sign in "<>"} | {"−": "$-$", "±": r"$\pm$", "≤": r"$\le$"}
-SIGNS |= {"≥": r"$\ge$", "λ": r"$\lambda$", "ρ": r"$\rho$", "τ": r"$\tau$", "η": r"$\eta$"}
+SIGNS = {sign: f"\\{sign}" for sign in "_%&#${}"} | {sign: f"${sign}$" for sign in "<>"}
+SIGNS |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+SIGNS |= {"–": "--", "−": "$-$", "±": r"$\pm$", "≤": r"$\le$", "≥": r"$\ge$"}
+SIGNS |= {"λ": r"$\lambda$", "ρ": r"$\rho$", "τ": r"$\tau$", "η": r"$\eta$"}
 
 
 def mean_sd(values, sign=""):
