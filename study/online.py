@@ -89,18 +89,18 @@ def warp(cost):
 
 
 def words_of(encoder, sentence, ends):
-    """{position: str} of a sentence's tokens: no markers, lower case; without the special ones.
+    """(positions, str) of a sentence's tokens: no markers, lower case; without the special ones.
 
     With `ends` with them, under a name for a first one and one for others, unlike any word.
     """
-    row, found = encoder.tokenizer.encode(sentence), {}  # cut, as tokenize() has set it
+    row, found = encoder.tokenizer.encode(sentence), []  # cut, as tokenize() has set it
     if all(row.special_tokens_mask):
         fail(f"a tokenizer finds no word in the sentence {sentence[:60]!r}; leave it out")
     for i, (token, special) in enumerate(zip(row.tokens, row.special_tokens_mask)):
         if ends or not special:
             bare = token.removeprefix("##").strip("Ġ▁").lower()
-            found[i] = ("\1" if i else "\0") * 20 if special else bare
-    return found
+            found.append((i, ("\1" if i else "\0") * 20 if special else bare))
+    return zip(*found)
 
 
 # ---------------------------------------------------------------------------- what a batch brings
@@ -170,11 +170,10 @@ class OnlineCorpus(Corpus):
         last teacher token that has it nearest. mutual, emo's: both have each other nearest.
         """
         method, sides = self.s.method, (self.student, self.teacher)
-        own, its = (words_of(side, sentence, ends=method == "emo") for side in sides)
-        s, t = list(own), list(its)
+        (s, own), (t, its) = (words_of(side, sentence, ends=method == "emo") for side in sides)
         if method == "dskd":
             return [(i, j) for i in s for j in t], []
-        cost = edit_distances(list(its.values()), list(own.values()))  # (teacher, student)
+        cost = edit_distances(its, own)  # (teacher, student)
         if method == "cdm":
             return [(s[j], t[i]) for i, j in warp(cost)], []
         apart = np.linspace(0, 1, len(t))[:, None] - np.linspace(0, 1, len(s))

@@ -104,5 +104,4 @@ def runs(results):
 
 def scores(runs, task="avg"):
     """{seed: score} of a task or an average; runs whose average is of no task are left out."""
-    found = {entry["seed"]: entry["scores"][task] for entry in runs}
-    return {seed: score for seed, score in found.items() if score is not None}
+    return {e["seed"]: e["scores"][task] for e in runs if e["scores"][task] is not None}

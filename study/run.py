@@ -136,8 +136,7 @@ def parse_args(argv):
     flag("--released", help="a clone of the released code, for the row released-code")
     flag("--work", type=Path, default=results.HERE / "runs", help="for caches and students")
     args, args.flags = parser.parse_known_args(argv)
-    most = [row for row in ROWS if row not in BY_NAME and "all" in args.rows]
-    args.rows = [row for row in ROWS if row in [*most, *args.rows]]
+    args.rows = [r for r in ROWS if r in args.rows or ("all" in args.rows and r not in BY_NAME)]
     if "released-code" in args.rows and not args.released:
         fail("--rows released-code needs a clone of that code, --released DIR")
     for given in (flag for flag in args.flags if flag.startswith("--")):
