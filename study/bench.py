@@ -35,7 +35,6 @@ from support.loading import load_encoder
 from support.run import memory_mb, pick_device
 
 N, WARM_UP = 32, 4  # sentences a step; turns that do not count
-EPOCHS = talas.Settings().epochs  # which share the cost of a cache
 
 
 class Plain(talas.Objective):
@@ -147,7 +146,7 @@ def table3(cache, args, device):
     for name, ms in zip(found, zip(*in_turn(list(steps.values()), batches, device))):
         found[name]["ms"] = statistics.median(ms)
     few = in_turn([share], batches[: WARM_UP + 2], device)  # of 32 batches, once in all epochs
-    ms = statistics.median(one for (one,) in few) / 32 / EPOCHS
+    ms = statistics.median(one for (one,) in few) / 32 / talas.Settings.epochs
     return found | {"cached": {"teacher": teacher, "ms": ms}}
 
 
