@@ -10,10 +10,10 @@ the teacher, which it would load and drop, by the student. Sentences and targets
 import statistics
 import sys
 import tempfile
+import types
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
-from unittest.mock import MagicMock, patch
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ from support.encoder import save_encoder
 from support.files import write_json
 from support.loading import load_encoder
 
+EVALUATION = "eval_classification_task eval_pair_task eval_sts_task test_cls_tasks test_pair_tasks"
+EVALUATION += " test_sts_tasks STSDataset ClasssifyDataset PairDataset"
+
 
 def distiller(folder, student, cache, work, **settings):
     """Its KnowledgeDistiller; work: a folder for its inputs; settings: of its TALASConfig."""
@@ -36,15 +39,19 @@ def distiller(folder, student, cache, work, **settings):
     torch.save(F.normalize(cache["embeddings"].float(), dim=1), targets)  # as its own cache is
     settings |= {"student_model_name": student, "teacher_model_name": student}
     settings |= {"train_data_path": csv, "cache_path": targets, "save_dir": None}
-    sys.modules["src.evaluation.evaluation_automodel"] = MagicMock()  # whatever it is asked for
+    nothing = dict.fromkeys(EVALUATION.split(), lambda *given: None)
+    sys.modules["src.evaluation.evaluation_automodel"] = types.SimpleNamespace(**nothing)
     sys.path.insert(0, str(folder))
     warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, once a step
     with attempt(f"import the released code from {folder}", ImportError):
         from config import TALASConfig
         from distiller import KnowledgeDistiller
-    own = AutoTokenizer.from_pretrained(student)
-    with patch.object(AutoTokenizer, "from_pretrained", lambda *name, **how: own):
+    own, original = AutoTokenizer.from_pretrained(student), vars(AutoTokenizer)["from_pretrained"]
+    AutoTokenizer.from_pretrained = lambda *name, **how: own
+    try:
         return KnowledgeDistiller(TALASConfig(**settings, teacher_dtype="float32"))
+    finally:
+        AutoTokenizer.from_pretrained = original
 
 
 def train(folder, s):

@@ -96,6 +96,12 @@ def test_rows_are_run_once_and_recorded(pair_b, trained, tmp_path, capsys, ends_
     assert len(trained) == 2 and results.read_json(file)["B/T/2"] == found["B/T/2"]
 
 
+def test_a_row_without_a_teacher_is_recorded_without_one(pair_b, tmp_path):
+    run.main([*pair_b, "--rows", "S"])
+    ((key, found),) = results.read_json(tmp_path / "results.json").items()
+    assert key == "B/S/42" and found["teacher"] == "" and found["scores"]["avg"] > 0
+
+
 def test_an_interrupted_run_goes_on_from_its_last_epoch(pair_b, trained, tmp_path, monkeypatch):
     flags, step, count = [*pair_b, "--rows", "STLA-released"], talas.training_step, []
     run.main(flags)
