@@ -92,14 +92,16 @@ def all_have_a_direction(embeddings):
 def make_cache(args, texts, sources, embeddings, pooling, recipe):
     """The cache's dict, of n texts and the teacher's embeddings (n, d_T).
 
-    A sentence of which lsa knows no word, or whose row of an array is zero, has no target and goes.
+    A sentence whose embedding is zero has no target and goes: lsa may know none of its words.
     """
     keep = embeddings.any(dim=1).nonzero().flatten().tolist()
     if len(keep) < len(texts):
         print(f"{len(texts) - len(keep)} sentences removed: their embeddings are zero")
     embeddings = embeddings[keep].to(torch.float16 if args.dtype == "float16" else torch.float32)
     if not keep or not all_have_a_direction(embeddings):
-        fail(f"{args.teacher}: embeddings are zero, not finite, or too small for {args.dtype}")
+        fail(
+            f"{args.teacher}: embeddings are zero, not finite, too large or small for {args.dtype}"
+        )
     sentences = [texts[i] for i in keep]
     cache = {"sentences": sentences, "sources": [sources[i] for i in keep]}
     cache |= {"embeddings": embeddings, "teacher": args.teacher, "pooling": pooling}
@@ -129,7 +131,8 @@ def load_cache(path, needed=True):
     floats, shape = embeddings.dtype in (torch.float32, torch.float16), tuple(embeddings.shape)
     if not floats or not shape[:-1] == (len(sources),) == (len(set(sentences)),):
         counts = f"{len(set(sentences))} unlike sentences, {len(sources)} sources"
-        fail(f"{path}: {counts} and {embeddings.dtype} {shape} of embeddings do not fit")
+        need = f"{embeddings.dtype} {shape} of embeddings; a row each, float32 or float16"
+        fail(f"{path}: {counts} and {need}")
     if fingerprint(sentences) != cache["fingerprint"]:
         fail(f"{path}: the sentences are not those that were embedded (fingerprint)")
     sound = cache.get("checksum") in (None, digest(embeddings))

@@ -11,6 +11,7 @@ cosine. Embeddings are the pooled vectors as they are, not normalised.
 
 import argparse
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -89,8 +90,8 @@ def load_tasks(data, names):
         there = sorted(path.name for path in folder.glob("[!._]*/"))
         read = partial(read_split, folder)
         named = folder / "tasks.json"
-        with attempt(f'read {named} as {{"in_domain": [tasks]}}', AttributeError, TypeError):
-            in_domain = read_json(named).get("in_domain", IN_DOMAIN)
+        with attempt(f'read {named} as {{"in_domain": [tasks]}}', KeyError, TypeError):
+            in_domain = read_json(named)["in_domain"] if named.exists() else IN_DOMAIN
             unknown = set(in_domain) - set(there)
         if unknown and named.exists():
             fail(f"{named}: in_domain names {unknown}, the tasks are {', '.join(there)}")
@@ -107,9 +108,19 @@ def load_tasks(data, names):
 
 
 def read_split(folder, task, split):
-    """The rows of a task's split, from a .csv or a .jsonl file."""
-    path = folder / task / f"{split}.csv"
-    return read_table(path if path.exists() else path.with_suffix(".jsonl"))
+    """The rows of a task's split, from a .jsonl or, where there is none, a .csv file."""
+    path = folder / task / f"{split}.jsonl"
+    table = path.with_suffix(".csv")
+    return read_table(path if path.exists() or not table.exists() else table)
+
+
+def classes(labels):
+    """Labels as whole numbers if they all are, so that their order is the numbers'; else text."""
+    with suppress(ValueError):
+        numbers = [float(label) for label in labels]
+        if all(map(float.is_integer, numbers)):
+            return numbers
+    return [str(label) for label in labels]
 
 
 def load_task(name, read):
@@ -124,20 +135,17 @@ def load_task(name, read):
     task = {"kind": kind, "test": test, "train": read(name, "train") if kind == "F1" else []}
     for split in ("train", "test"):
         for number, row in enumerate(task[split], 1):
-            with attempt(f"use row {number} of {name}, {split}", KeyError, TypeError, ValueError):
-                value = row[target] if kind == "F1" else float(row[target])
-                if value in ("", None) or value != value:
+            with attempt(f"use row {number} of {name}, {split}", TypeError, ValueError):
+                value = row.get(target)
+                if value in {"", None} or value != value:
                     raise ValueError(f"its {target} is missing")
-                if not all(isinstance(row[column], str) for column in texts):
+                if not all(isinstance(row.get(column), str) for column in texts):
                     raise ValueError(f"its {' or '.join(texts)} is not text")
-                row[target] = value
-    rows = task["train"] + task["test"]
-    try:  # classes that are all numbers stand in the order of numbers, else all are text
-        values = [float(row[target]) for row in rows]
-    except ValueError:
-        values = [str(row[target]) for row in rows]
-    for row, value in zip(rows, values):
-        row[target] = value
+                row[target] = value if kind == "F1" else float(value)
+    if kind == "F1":
+        rows = task["train"] + task["test"]
+        for row, label in zip(rows, classes([row["label"] for row in rows])):
+            row["label"] = label
     values, learnt = ({row[target] for row in task[split]} for split in ("test", "train"))
     if len(values) < 2:
         fail(f"{name}: every row has the same {target}, so there is nothing to measure")
@@ -149,8 +157,8 @@ def load_task(name, read):
 
 
 # -------------------------------------------------------------------------------------- the models
-def embed(name, pooling, texts, args):
-    """Embeddings (n, d) of n texts, by the model of a directory or a Hub id, or by lsa or tiny."""
+def load_model(name, pooling, args):
+    """A function (n texts, label of its bar) -> (n, d) of a directory, a Hub id, lsa or tiny."""
     how = {"pooling": pooling, "max_length": args.max_length, "device": pick_device(args.device)}
     if is_word(name, "lsa", "tiny"):  # which cache_teacher.py and talas.py make of a corpus
         corpus = (DEMO if args.data == "demo" else Path(args.data)) / "corpus.jsonl"
@@ -158,24 +166,26 @@ def embed(name, pooling, texts, args):
             fail(f"{name} belongs to the demo; with --data {args.data} it needs {corpus}")
         sentences = unique_corpus(str(corpus))[0]
     if name == "lsa":
-        return fit_lsa(sentences).transform(texts)
+        lsa = fit_lsa(sentences)
+        return lambda texts, label: lsa.transform(texts)
     encoder = tiny_student(sentences, 42, **how) if name == "tiny" else load_encoder(name, **how)
-    return encode(encoder, tokenize(encoder, texts), args.batch_size, Path(name).name).numpy()
+    n = args.batch_size
+    return lambda texts, label: encode(encoder, tokenize(encoder, texts), n, label).numpy()
 
 
 def evaluate(name, pooling, tasks, in_domain, args):
     """{task: score in percent, ..., "avg_in", "avg_out", "avg"}; a mean over no task is None."""
-    texts, scores = {}, {}  # the texts are keys: each distinct one is embedded once
-    for task in tasks.values():
-        for column in KINDS[task["kind"]][:-1]:
-            texts |= dict.fromkeys(row[column] for row in task["train"] + task["test"])
-    vectors = embed(name, pooling, list(texts), args)
-    if not np.isfinite(vectors).all():
-        fail(f"{name} gives embeddings that are not finite numbers; is it damaged?")
-    known = dict(zip(texts, vectors))
-    for task in tasks:
-        result = score(tasks[task], task, lambda texts: np.stack([known[text] for text in texts]))
-        scores[task] = float(result)
+    embed, known, scores = load_model(name, pooling, args), {}, {}  # each text is embedded once
+    for task_name, task in tasks.items():  # one by one: a score does not depend on other tasks
+        rows, columns = task["train"] + task["test"], KINDS[task["kind"]][:-1]
+        texts = dict.fromkeys(row[column] for row in rows for column in columns)
+        if new := [text for text in texts if text not in known]:
+            vectors = embed(new, f"{Path(name).name} {task_name}")
+            if not np.isfinite(vectors).all():
+                fail(f"{name} gives embeddings that are not finite numbers; is it damaged?")
+            known.update(zip(new, vectors))
+        result = score(task, task_name, lambda texts: np.stack([known[text] for text in texts]))
+        scores[task_name] = float(result)
     inside = [scores[task] for task in tasks if task in in_domain]
     outside = [scores[task] for task in tasks if task not in in_domain]
     means = [float(np.mean(some)) if some else None for some in (inside, outside, inside + outside)]
@@ -189,9 +199,9 @@ def markdown(results, tasks, in_domain):
     for name, scores in results.items():
         values = [scores[key] for key in (*tasks, *AVERAGES)]
         rows.append([name, *("–" if value is None else f"{value:.2f}" for value in values)])
+    rows.insert(1, ["---", *["---:"] * len(rows[0][1:])])
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    rows.insert(1, ["---", *["---:"] * (len(widths) - 1)])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     metrics = ", ".join(f"{name} {task['kind']}" for name, task in tasks.items())
     return "\n".join([*lines, "", f"{metrics}; * in-domain"])
@@ -206,7 +216,7 @@ def parse_args(argv):
     flag("models", nargs="*", default=["student"], help=models)
     flag("--data", default="demo", help="demo; hub: the paper's nine; or a folder of tasks")
     flag("--tasks", type=listed, help="some of the tasks: a,b,c")
-    flag("--json", help="write the scores to this file, too")
+    flag("--json", help="write the scores to this file, too, in the place of earlier ones")
     flag(
         "--pooling", type=listed, default="auto", help="auto, cls, mean, last; or one a model: a,b"
     )
@@ -223,8 +233,8 @@ def parse_args(argv):
         fail(f"--pooling {args.pooling}: give auto, cls, mean or last, once or for each model")
     if args.json is not None:
         check_output("--json", args.json)
-        there = Path(args.json)
-        if there.exists() and '"avg_out"' not in there.read_text("utf-8", "replace"):
+        text = Path(args.json).read_text("utf-8", "replace") if Path(args.json).exists() else ""
+        if text and '"avg_out"' not in text:
             fail(f"{args.json} holds something else than scores; choose another --json")
     return args
 

@@ -30,8 +30,10 @@ def read_table(path):
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl", ".csv", ".tsv"):
         fail(f"{path}: .txt, .jsonl, .csv and .tsv files are read")
-    with attempt(f"read {path}", OSError), attempt(f"read {path}; save it as UTF-8, not packed"):
-        text = path.read_bytes().decode("utf-8-sig")
+    with attempt(f"read {path}", OSError):
+        content = path.read_bytes()
+    with attempt(f"read {path}; save it as UTF-8, not packed"):
+        text = content.decode("utf-8-sig")
     if path.suffix in (".csv", ".tsv"):
         return read_csv(path, text)
     lines = text.removesuffix("\n").split("\n")  # splitlines would cut at U+2028 and its like, too
@@ -41,6 +43,7 @@ def read_table(path):
     for number, line in enumerate(lines, 1):
         with attempt(f"read {path}, line {number}", ValueError):
             rows += [json.loads(line, object_pairs_hook=a_row)] if line.strip() else []
+            json.dumps(rows[-1:], ensure_ascii=False).encode()  # fails at half a character
             if rows and not isinstance(rows[-1], dict):
                 raise ValueError("it is no object with columns")
     return rows

@@ -124,7 +124,7 @@ class Corpus:
 
     def __init__(self, cache, student):
         self.tokens, self.student = tokenize(student, cache["sentences"]), student
-        self.embeddings = cache["embeddings"]  # (n, d_T), on disk; d_T is 0 without a teacher
+        self.embeddings = cache["embeddings"].detach()  # (n, d_T), on disk; d_T 0: no teacher
         self.d_T = self.embeddings.shape[1]
         self.domains = torch.from_numpy(np.unique(cache["sources"], return_inverse=True)[1])
 

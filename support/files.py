@@ -73,6 +73,9 @@ def check_output(flag, path, **inputs):
     keep_apart(flag, out, **inputs)
     if out.is_symlink() or (out.exists() and not out.is_file()):
         fail(f"{flag} {out} is a link or no plain file; give the file's own name")
+    with attempt(f"write {out}"):
+        Path(f"{out}.partial").touch()
+        Path(f"{out}.partial").unlink()
 
 
 def keep_apart(flag, output, **inputs):

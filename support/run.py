@@ -70,16 +70,14 @@ def started(s):
     With torchrun the first process alone speaks and writes.
     """
     check_settings(s)
-    advice = "the same command begins again; with --resume it goes on from the last whole epoch"
-    with interruptible(advice):
+    with interruptible("with --resume the same command goes on from the last whole epoch"):
+        check_output(s)  # in each process; none makes the folder before all are here
         if "LOCAL_RANK" in os.environ:  # torchrun's
             on_cpu = pick_device(s.device).type == "cpu"
             if not on_cpu:
                 torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
             distributed.init_process_group("gloo" if on_cpu else None)
-        if rank() == 0:
-            check_output(s)
-        else:
+        if rank() > 0:
             sys.stdout = open(os.devnull, "w")
         yield
         if distributed.is_initialized():

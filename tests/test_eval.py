@@ -77,7 +77,7 @@ def test_macro_f1_of_unlike_classes_and_vectors_as_they_are(capsys):
 
 
 def test_labels_are_numbers_if_all_are_and_else_text():
-    for labels, expected in ((["10", 9, "9.0"], [10, 9, 9]), ([10, "nine"], ["10", "nine"])):
+    for labels, expected in ((["10", 9, "9.0"], [10, 9, 9]), ([10, "nan"], ["10", "nan"])):
         rows = [{"text": "a", "label": label} for label in labels]
         task = evaluation.load_task("mine", lambda name, split, rows=rows: [*map(dict, rows)])
         assert [row["label"] for row in task["test"]] == expected

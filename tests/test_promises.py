@@ -30,6 +30,7 @@ SELF = [dict.fromkeys(PAIR, text) | {"score": len(text)} for text in SENTENCES]
 TEXTS = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
 a_model, array = partial(shutil.copytree, "bert"), partial(partial, np.save)
 NAN, LESS = float("nan"), {"text": "b", "label": ""}
+MANY = {"text": "a", "label": ["x", "y"]}
 NANS = torch.full((48, 4), NAN)
 TASK, TRAIN = "data/mine/test.jsonl", "data/mine/train.jsonl"
 
@@ -58,7 +59,8 @@ def torn(path):  # a model with a weight that is no number
 
 
 MISTAKES = [  # a script and its flags, words of the answer between "|", files that are there
-    ("cache --corpus nowhere.txt", "cannot read nowhere.txt|No such file"),
+    ("cache --corpus nowhere.txt", "cannot read nowhere.txt: No such file"),
+    ("cache --corpus c.jsonl", "c.jsonl, line 1|surrogates", ("c.jsonl", '{"text": "\\ud83d b"}')),
     ("cache --corpus c.json", "c.json|.txt, .jsonl, .csv and .tsv", ("c.json", "[]")),
     ("cache --corpus c.csv", "needs a column named text|'txt'", ("c.csv", "txt,source\na,b\n")),
     ("cache --corpus c.jsonl", "named text, of text|{'text': 3}", ("c.jsonl", [{"text": 3}])),
@@ -79,9 +81,17 @@ MISTAKES = [  # a script and its flags, words of the answer between "|", files t
     ("cache --teacher e.pt", "e.pt|torch.save did not write it|Git LFS", ("e.pt", LFS)),
     ("cache --teacher e.npy", "e.npy|can't convert", ("e.npy", array(arr=np.array(SENTENCES)))),
     ("cache --teacher teacher.pt", "teacher.pt: <class 'dict'> is no array"),
-    ("cache --teacher e.npy", "e.npy|too small", ("e.npy", array(arr=1e-17 * ROWS))),
+    (
+        "cache --teacher e.npy",
+        "e.npy|too large or small for float32",
+        ("e.npy", array(arr=1e-17 * ROWS)),
+    ),
     ("cache --teacher e.npy", "e.npy: embeddings are zero", ("e.npy", array(arr=0 * ROWS))),
-    ("cache --teacher e.npy", "e.npy|not finite", ("e.npy", array(arr=ROWS * [np.inf, 1, 1, 1]))),
+    (
+        "cache --teacher e.npy",
+        "e.npy: embeddings are zero, not finite",
+        ("e.npy", array(arr=ROWS * [np.inf, 1, 1, 1])),
+    ),
     ("cache --teacher lsa", "./lsa", ("lsa", a_model)),
     ("cache --over", "--over"),
     ("cache --output teacher.pt", "something else (48 sentences, random)|--overwrite"),
@@ -131,6 +141,9 @@ MISTAKES = [  # a script and its flags, words of the answer between "|", files t
     ("eval bert", "called avg", ("data/avg/test.jsonl", [PAIR | {"score": i} for i in range(3)])),
     ("eval bert", "tasks.json|in_domain", ("data/tasks.json", '{"in_domain": ["other"]}')),
     ("eval bert", "tasks.json|in_domain", ("data/tasks.json", '["sts"]')),
+    ("eval bert", "tasks.json|in_domain", ("data/tasks.json", '{"in_domian": ["sts"]}')),
+    ("eval bert", "row 1 of mine, train|unhashable", (TASK, TEXTS), (TRAIN, [MANY, *TEXTS])),
+    ("eval bert", "row 1 of mine, test|score is missing", (TASK, [PAIR | {"score": None}])),
     ("eval tiny", "./tiny", ("tiny", a_model)),
     ("eval bert --data demo", "./demo", ("demo", a_model)),
     ("eval bert --data hub", "./hub", ("hub", a_model)),

@@ -485,6 +485,7 @@ def test_two_processes_are_one_with_their_batches_together(copy):
 def test_two_processes_resume_as_two(copy, ends_with_one_line):
     flags = [*copy, "--epochs 2 --batch_size 8 --output"]
     assert in_two_processes(lambda: run(*flags, "both")) == [0, 0]
+    assert in_two_processes(lambda: run(*flags, "both")) == [2, 2]  # it is there: a line of each
     codes = in_two_processes(lambda: (at_step(5, kill), run(*flags, "out")))
     assert codes[0] == -9 and codes[1]  # torchrun ends the other one, too
     ends_with_one_line(lambda: run(*flags, "out --resume"), "number of processes")
