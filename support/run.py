@@ -128,8 +128,6 @@ def check_output(s):
     """End the program if what is in the output folder is not to be touched."""
     keep_apart("--output", s.output, student=s.student, teacher=s.teacher)
     out = Path(s.output)
-    if out.exists() and not out.is_dir():
-        fail(f"--output {out} is a file; give the name of a folder")
     there = {path.name for path in out.glob("*")}
     if s.resume and "checkpoint.pt" not in there:
         what = "a finished run" if "talas.json" in there else "no run"
