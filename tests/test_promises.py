@@ -116,6 +116,7 @@ MISTAKES = [  # a script and its flags, words of the answer between "|", files t
     ("talas --teacher c.pt", "c.pt|damaged", ("c.pt", saved(embeddings=NANS, checksum=None))),
     ("talas --teacher c.pt", "c.pt|more than tensors", ("c.pt", saved(teacher=Hostile()))),
     ("talas --output teacher.pt --overwrite", "is the --teacher itself"),
+    ("talas --output data --overwrite", "data holds neither a run nor a model"),
     ("talas --output corpus.jsonl --overwrite", "cannot write --output corpus.jsonl: File exists"),
     ("eval bert --json corpus.jsonl", "corpus.jsonl holds something else than scores"),
     ("eval bert bert", "bert|twice"),
