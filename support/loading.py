@@ -96,7 +96,7 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
     if interrupted(root):
         fail(f"{name} holds an interrupted run; finish it first, with --resume")
     folder, declared, limit, lower = read_declarations(root)
-    model = load_model(name, folder, dtype).to(device).eval()
+    model = load_model(name, folder, dtype).to(device)
     tokenizer, files, about = load_tokenizer(name, folder, lower)
     pooling = settle_pooling(name, model.config, pooling, declared)
     if limit is None:

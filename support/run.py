@@ -249,7 +249,7 @@ def read_metrics(folder):
     for text in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
         with suppress(ValueError):
             lines.append(json.loads(text))
-    return [line for line in lines if isinstance(line, dict) and "step" in line]
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def cost(folder):
