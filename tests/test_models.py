@@ -417,6 +417,25 @@ def test_neither_a_pooler_nor_float32_weights_are_needed(bert):
     assert half.model.dtype == torch.bfloat16 and embed(half).dtype == torch.float32
 
 
+def test_of_a_hub_model_the_bin_weights_are_taken_where_there_are_no_others(bert, monkeypatch):
+    def hub(name, allow_patterns, ignore_patterns):  # brings what is asked for, and no more
+        ignored = shutil.ignore_patterns(*ignore_patterns)(
+            "", sorted(p.name for p in bert.iterdir())
+        )
+        for path in (path for glob in allow_patterns for path in bert.glob(glob)):
+            brought.mkdir(exist_ok=True)
+            path.name in ignored or shutil.copy(path, brought)
+        return str(brought)
+
+    monkeypatch.setattr("support.loading.snapshot_download", hub)
+    torch.save(load_file(bert / "model.safetensors"), bert / "pytorch_model.bin")
+    expected, brought = embed(load(bert)), bert.parent / "one"
+    assert torch.equal(embed(load("hub/model")), expected) and len(list(brought.glob("*.bin"))) == 0
+    (bert / "model.safetensors").unlink()
+    brought = bert.parent / "other"
+    assert torch.equal(embed(load("hub/model")), expected) and len(list(brought.glob("*.bin"))) == 1
+
+
 def test_a_student_of_unlike_widths_is_refused(tmp_path, ends_with_one_line):
     how, config, _ = KINDS["opt"]
     build(tmp_path, "opt", config | {"word_embed_proj_dim": 16}, *tokenizer(*how), **FAST)
