@@ -55,7 +55,7 @@ class Settings:
     anchored_layers: int = HfArg(default=2, help="K = k + 1: top layers that TAMD anchors, Eq. 3")
     lasd_layers: int = HfArg(default=0, help="top layers that LASD chains, Eq. 5; 0: all L")
     detach_guide: bool = HfArg(default=False, help="stop LASD's gradient into the upper layers")
-    optimizer: Literal["asam", "sam", "disam", "adamw"] = HfArg(default="asam", help="Eqs. 2-12")
+    optimizer: Literal["asam", "sam", "disam", "adamw"] = HfArg(default="asam", help="Eqs. 2, 8-12")
     rho: float = HfArg(default=0.05, help="radius of the ascent step, Eq. 2")
     eta: float = HfArg(default=0.0, help="of T_w = |w| + eta, Eq. 2; Algorithm 1's eta is lr")
     disam_lambda: float = HfArg(default=0.1, help="lambda of Eq. 10, against unlike domains")

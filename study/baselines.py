@@ -29,7 +29,7 @@ from support.encoder import Corpus, rehearse
 class Common(talas.Settings):
     """Those of talas.py, without flags for TALAS's own; online.py's, too."""
 
-    optimizer: Literal["asam", "sam", "adamw"] = HfArg(default="adamw", help="Eqs. 2-9")
+    optimizer: Literal["asam", "sam", "adamw"] = HfArg(default="adamw", help="Eqs. 2, 8, 9")
     lambda3: float = field(default=0.0, init=False)
     anchored_layers: int = field(default=1, init=False)
     lasd_layers: int = field(default=0, init=False)
