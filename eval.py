@@ -88,13 +88,13 @@ def load_tasks(data, names):
     else:
         folder = DEMO if is_word(data, "demo") else Path(data)
         there = sorted(path.name for path in folder.glob("[!._]*/"))
-        read = partial(read_split, folder)
-        named = folder / "tasks.json"
-        with attempt(f'read {named} as {{"in_domain": [tasks]}}', KeyError, TypeError):
-            in_domain = read_json(named)["in_domain"] if named.exists() else IN_DOMAIN
-            unknown = set(in_domain) - set(there)
-        if unknown and named.exists():
-            fail(f"{named}: in_domain names {unknown}, the tasks are {', '.join(there)}")
+        read, in_domain, named = partial(read_split, folder), IN_DOMAIN, folder / "tasks.json"
+        if named.exists():
+            with attempt(f'read {named} as {{"in_domain": [tasks]}}', KeyError, TypeError):
+                in_domain = read_json(named)["in_domain"]
+                unknown = set(in_domain) - set(there)
+            if unknown:
+                fail(f"{named}: in_domain names {unknown}, the tasks are {', '.join(there)}")
     if not there:
         fail(f"--data {data} is neither demo nor hub, nor a folder with TASK/test.jsonl in it")
     names = names or there

@@ -159,15 +159,15 @@ def prepare(s, cache, kind=Baseline):
     return corpus, kind(student, talas.new_projections(s, student, corpus.d_T), s)
 
 
-def run(s, prepare, after_epoch=lambda objective, epoch: None):
+def run(s, make, after_epoch=lambda objective, epoch: None):
     """From the cache, or online.py's --corpus, to the student as in talas.main.
 
-    prepare(s, cache) gives (corpus, objective); after_epoch(objective, epoch) is called each epoch.
+    make(s, cache) gives (corpus, objective), as prepare; after_epoch(objective, epoch) ends each.
     """
     with runs.started(s):
         cache = load_cache(getattr(s, "corpus", s.teacher), needed=s.lambda2 > 0)
         torch.manual_seed(s.seed)
-        corpus, objective = prepare(s, cache)
+        corpus, objective = make(s, cache)
         runs.check_fit(s, corpus.student, corpus)
         two_views = s.lambda1 > 0 or not len(objective.projections)
         rehearse(corpus.student, corpus, two_views)

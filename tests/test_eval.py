@@ -45,6 +45,7 @@ def folder(tmp_path, monkeypatch):
             put(f"jsonl/{name}", {f"{split}.jsonl": part})
             put(f"csv/{name}", {f"{split}.csv": "\n".join(map(",".join, table))})
     put(tmp_path, dict.fromkeys(("csv/_notes/x", "csv/.cache/x", "jsonl/_notes/x"), ""))
+    put(tmp_path, {"jsonl/mrpc/test.csv": "of the two test.jsonl is read"})
     return tmp_path
 
 

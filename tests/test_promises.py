@@ -31,7 +31,7 @@ TEXTS = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
 a_model, array = partial(shutil.copytree, "bert"), partial(partial, np.save)
 NAN, LESS = float("nan"), {"text": "b", "label": ""}
 MANY = {"text": "a", "label": ["x", "y"]}
-NANS = torch.full((48, 4), NAN)
+INF, NANS = np.float64("inf"), torch.full((48, 4), NAN)
 TASK, TRAIN = "data/mine/test.jsonl", "data/mine/train.jsonl"
 
 
@@ -81,17 +81,9 @@ MISTAKES = [  # a script and its flags, words of the answer between "|", files t
     ("cache --teacher e.pt", "e.pt|torch.save did not write it|Git LFS", ("e.pt", LFS)),
     ("cache --teacher e.npy", "e.npy|can't convert", ("e.npy", array(arr=np.array(SENTENCES)))),
     ("cache --teacher teacher.pt", "teacher.pt: <class 'dict'> is no array"),
-    (
-        "cache --teacher e.npy",
-        "e.npy|too large or small for float32",
-        ("e.npy", array(arr=1e-17 * ROWS)),
-    ),
+    ("cache --teacher e.npy", "or small for float32", ("e.npy", array(arr=1e-17 * ROWS))),
     ("cache --teacher e.npy", "e.npy: embeddings are zero", ("e.npy", array(arr=0 * ROWS))),
-    (
-        "cache --teacher e.npy",
-        "e.npy: embeddings are zero, not finite",
-        ("e.npy", array(arr=ROWS * [np.inf, 1, 1, 1])),
-    ),
+    ("cache --teacher e.npy", "e.npy|not finite", ("e.npy", array(arr=INF * ROWS))),
     ("cache --teacher lsa", "./lsa", ("lsa", a_model)),
     ("cache --over", "--over"),
     ("cache --output teacher.pt", "something else (48 sentences, random)|--overwrite"),
@@ -127,12 +119,7 @@ MISTAKES = [  # a script and its flags, words of the answer between "|", files t
     ("eval bert", "same score", (TASK, [PAIR | {"score": 2}, OTHER | {"score": 2}])),
     ("eval bert", "same cosine", (TASK, SELF)),
     ("eval bert", "row 1 of mine, test|score is missing", (TASK, [PAIR | {"score": NAN}])),
-    (
-        "eval bert",
-        "row 2 of mine, train|label is missing",
-        (TASK, TEXTS),
-        (TRAIN, [TEXTS[0], LESS]),
-    ),
+    ("eval bert", "row 2 of mine, train|missing", (TASK, TEXTS), (TRAIN, [TEXTS[0], LESS])),
     ("eval bert", "row 1 of mine|is not text", (TASK, [PAIR | {"sentence2": 3, "score": 1}])),
     ("eval bert", "mine/test.jsonl|No such file", ("data/mine/tests.jsonl", TEXTS)),
     ("eval torn", "torn gives embeddings that are not finite", ("torn", torn)),
