@@ -117,7 +117,7 @@ def load_cache(path, needed=True):
     if not needed and not path.endswith(".pt"):
         texts, sources, *_ = unique_corpus(path)
         cache = {"sentences": texts, "sources": sources, "fingerprint": fingerprint(texts)}
-        return cache | {"embeddings": torch.zeros(len(texts), 0), "teacher": None}
+        return cache | {"embeddings": None, "teacher": None}
     if not Path(path).exists() or path.endswith(".npy"):
         own = f"--output {path}" if path.endswith(".pt") else f"--teacher {path}"
         fail(f"{path} is no teacher cache; make one: python cache_teacher.py {own}")
@@ -138,7 +138,7 @@ def load_cache(path, needed=True):
     sound = cache.get("checksum") in (None, digest(embeddings))
     if not sound or not all_have_a_direction(embeddings):
         fail(f"{path} is damaged: some embeddings are not as they were written; make it anew")
-    return cache if needed else cache | {"embeddings": embeddings[:, :0], "teacher": None}
+    return cache if needed else cache | {"embeddings": None, "teacher": None}
 
 
 # ------------------------------------------------------------------------------------ command line

@@ -24,8 +24,8 @@ from transformers.hf_argparser import HfArg
 from cache_teacher import load_cache
 from demo import tiny
 from support import fail
-from support.data import is_word
-from support.encoder import Corpus, pool, pooled_layers, rehearse, save_encoder  # noqa: F401
+from support.data import Corpus, is_word
+from support.encoder import pooled_layers, rehearse, save_encoder
 from support.loading import load_encoder
 from support.run import Run, check_fit, finish, pick_device, seed_of, started
 
@@ -133,36 +133,39 @@ def disam_objective(losses, counts, weight):
     return (alpha * losses).sum() - weight * variance
 
 
-def embed(student, tokens, s, views=1):
+def embed(encoder, tokens, s, views=1):
     """Sentence embeddings after each layer (Section 3): L of e_l, (views, N, d_S).
 
-    student: an Encoder; tokens: input_ids, attention_mask, (N, T). Each view has its own dropout.
+    encoder: the student; tokens: input_ids, attention_mask, (N, T). Each view has its own dropout.
     """
     tokens = {name: t.repeat(views, 1) for name, t in tokens.items()}  # (views N, T)
-    pooled = pooled_layers(student, tokens, s.precision)  # L of (views N, d_S)
+    pooled = pooled_layers(encoder, tokens, s.precision)  # L of (views N, d_S)
     return [E.unflatten(0, (views, -1)) for E in pooled]
 
 
 class Objective(torch.nn.Module):
     """L_total, Eq. 7, as a function of w: the weights of the student and the projections W_l."""
 
-    def __init__(self, student, projections, s):
+    def __init__(self, encoder, projections, s):
         super().__init__()
-        self.student, self.s = student, s
-        self.model = student.model  # so that its weights are parameters of this module
+        self.encoder, self.s = encoder, s
+        self.model = encoder.model  # so that its weights are parameters of this module
         self.projections = torch.nn.ParameterList(projections)
 
     def forward(self, tokens, teacher, domains=None):
         """(loss, {its terms}) at the present w, Eq. 7; with domains, (N,), Eq. 10 for the loss."""
         views = 2 if self.s.lambda1 else 1
-        layers = embed(self.student, tokens, self.s, views)  # L of (views, N, d_S)
+        layers = embed(self.encoder, tokens, self.s, views)  # L of (views, N, d_S)
         loss, terms = total_loss(layers, self.projections, teacher, self.s)
         if domains is None:
             return loss, terms | {"loss": loss}
         # L_i is Eq. 7 on the sentences of domain i alone: their negatives, their R
         present, counts = domains.unique(return_counts=True)  # (M,)
-        own = [([E[:, domains == d] for E in layers], teacher[domains == d]) for d in present]
-        losses = [total_loss(E, self.projections, e_T, self.s)[0] for E, e_T in own]
+        losses = []
+        for d in present:
+            own = [E[:, domains == d] for E in layers]
+            own_teacher = None if teacher is None else teacher[domains == d]
+            losses.append(total_loss(own, self.projections, own_teacher, self.s)[0])
         climbed = disam_objective(torch.stack(losses), counts, self.s.disam_lambda)
         return climbed, terms | {"loss": loss}
 
@@ -244,10 +247,12 @@ def batches(n, s, epoch):
     return order[: n - n % s.batch_size].split(s.batch_size)
 
 
-def new_projections(s, student, d_T):
+def new_projections(s, encoder, d_T):
     """K new W_l, (d_S, d_T); none without TAMD."""
-    shape, K = (student.dimensions, d_T), s.anchored_layers if s.lambda2 else 0
-    return [torch.randn(shape).mul_(W_START).to(student.model.device) for _ in range(K)]
+    if not s.lambda2:
+        return []
+    shape, device = (encoder.dimensions, d_T), encoder.model.device
+    return [torch.randn(shape).mul_(W_START).to(device) for _ in range(s.anchored_layers)]
 
 
 def make_optimizer(s, objective, steps):
@@ -347,7 +352,7 @@ def load_student(s, sentences):
 
 def save_student(objective, folder):
     """Write the student, and beside it the projections W_l."""
-    save_encoder(folder, objective.student)
+    save_encoder(folder, objective.encoder)
     torch.save([W.detach().cpu() for W in objective.projections], folder / "projections.pt")
 
 
@@ -357,11 +362,11 @@ def main(argv=None):
     with started(s):
         cache = load_cache(s.teacher, needed=s.lambda2 > 0)
         torch.manual_seed(s.seed)
-        student = load_student(s, cache["sentences"])
-        corpus = Corpus(cache, student)
-        objective = Objective(student, new_projections(s, student, corpus.d_T), s)
-        check_fit(s, student, corpus)
-        rehearse(student, corpus, two_views=s.lambda1 > 0)
+        encoder = load_student(s, cache["sentences"])
+        corpus = Corpus(cache, encoder)
+        objective = Objective(encoder, new_projections(s, encoder, corpus.d_T), s)
+        check_fit(s, encoder, corpus)
+        rehearse(encoder, corpus, two_views=s.lambda1 > 0)
         train(s, corpus, objective)
         finish(s, cache, partial(save_student, objective))
 

@@ -22,7 +22,8 @@ import talas
 from cache_teacher import load_cache
 from support import fail, interruptible
 from support import run as runs
-from support.encoder import Corpus, rehearse
+from support.data import Corpus
+from support.encoder import rehearse
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Baseline(talas.Objective):
     def forward(self, tokens, teacher, domains=None):
         """(loss, {its terms}); tokens and teacher as in talas.Objective, domains are not used."""
         s, views = self.s, 2 if self.s.method == "distillcse" else 1
-        z, *second = talas.embed(self.student, tokens, s, views)[-1]  # (N, d_S)
+        z, *second = talas.embed(self.encoder, tokens, s, views)[-1]  # (N, d_S)
         if second:  # λ_max is of one function: without the shuffling, as without dropout
             simcse = talas.simcse_loss(z, *second, s.temperature)
             own = distribution_loss(z, teacher, s, shuffled=self.training)
@@ -168,9 +169,9 @@ def run(s, make, after_epoch=lambda objective, epoch: None):
         cache = load_cache(getattr(s, "corpus", s.teacher), needed=s.lambda2 > 0)
         torch.manual_seed(s.seed)
         corpus, objective = make(s, cache)
-        runs.check_fit(s, corpus.student, corpus)
+        runs.check_fit(s, corpus.encoder, corpus)
         two_views = s.lambda1 > 0 or not len(objective.projections)
-        rehearse(corpus.student, corpus, two_views)
+        rehearse(corpus.encoder, corpus, two_views)
         if isinstance(objective, Baseline) and s.method == "stella" and not s.resume:
             first_stage(s, corpus, objective)
         talas.train(s, corpus, objective, partial(after_epoch, objective))

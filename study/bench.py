@@ -42,9 +42,9 @@ class Plain(talas.Objective):
 
     def forward(self, texts, teacher, domains=None):
         """(loss, {its terms}) of sentences, a list of N str."""
-        tokens = pad(tokenize(self.student, texts), range(len(texts)), self.model)
+        tokens = pad(tokenize(self.encoder, texts), range(len(texts)), self.model)
         passes = [self.model(**tokens, output_hidden_states=True).hidden_states for _ in range(2)]
-        mask, pooling = tokens["attention_mask"], self.student.pooling
+        mask, pooling = tokens["attention_mask"], self.encoder.pooling
         layers = [torch.stack([pool(h, mask, pooling) for h in both]) for both in zip(*passes)]
         loss, terms = talas.total_loss(layers[1:], self.projections, teacher, self.s)
         return loss, terms | {"loss": loss}

@@ -24,7 +24,8 @@ import talas
 from cache_teacher import DTYPES
 from study import baselines
 from support import fail
-from support.encoder import Corpus, forward, pad, pool, tokenize
+from support.data import Corpus
+from support.encoder import forward, pad, pool, tokenize
 from support.files import digest
 from support.loading import load_encoder
 
@@ -169,7 +170,7 @@ class OnlineCorpus(Corpus):
         links: for cdm the path; for dskd each word with each; for emo each student token with the
         last teacher token that has it nearest. mutual, emo's: both have each other nearest.
         """
-        method, sides = self.s.method, (self.student, self.teacher)
+        method, sides = self.s.method, (self.encoder, self.teacher)
         (s, own), (t, its) = (words_of(side, sentence, ends=method == "emo") for side in sides)
         if method == "dskd":
             return [(i, j) for i in s for j in t], []
@@ -186,7 +187,7 @@ class OnlineCorpus(Corpus):
     def batch(self, rows):
         """Positions (N,) -> the student's tokens; a dict of the teacher's side; domains, (N,)."""
         tokens, _, domains = super().batch(rows)
-        teacher, L_S, mask = self.teacher, self.student.layers, tokens["attention_mask"]
+        teacher, L_S, mask = self.teacher, self.encoder.layers, tokens["attention_mask"]
         block = L_S * (teacher.layers // L_S) - 1  # the layer where the student's last one would be
         maps = (block, -1) if self.s.method == "emo" else ()
         its = token_states(teacher, pad(self.teacher_tokens, rows, teacher.model), maps)
@@ -284,7 +285,7 @@ class Online(talas.Objective):
         """(loss, {its terms}); tokens as in talas.embed, teacher as in OnlineCorpus.batch."""
         s, N = self.s, len(tokens["input_ids"])
         twice = {name: t.repeat(2, 1) for name, t in tokens.items()}  # (2N, n_S)
-        both = token_states(self.student, twice, (-1,) if s.method == "emo" else ())
+        both = token_states(self.encoder, twice, (-1,) if s.method == "emo" else ())
         z, z_prime = both["sentence"].split(N)
         first = {name: x[:N] for name, x in both.items()} | {"sentence": z}  # the first view
         simcse = talas.simcse_loss(z, z_prime, s.temperature)

@@ -49,7 +49,7 @@ class Released(talas.Objective):
             torch.manual_seed(int(torch.randint(2**62, ())))  # away from the first pass's masks
         self.second_pass = self.training and not self.second_pass
         twice = {name: t.repeat(2, 1) for name, t in tokens.items()}  # (2N, T)
-        pooled = pooled_layers(self.student, twice, self.s.precision, from_layer=0)
+        pooled = pooled_layers(self.encoder, twice, self.s.precision, from_layer=0)
         layers = [E.unflatten(0, (2, -1)) for E in pooled]  # L + 1 of (2, N, d_S)
         loss, terms = talas.total_loss(layers, self.projections, teacher, self.s)
         return loss, terms | {"loss": loss}

@@ -10,8 +10,11 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from support import attempt, fail
+from support.encoder import pad, tokenize
+from support.files import digest
 
 DEMO = Path(__file__).parent.parent / "demo"
 IN_DOMAIN = ["emotion", "wic", "stsb"]
@@ -128,6 +131,40 @@ def unique_corpus(name, seed=42):
         fail(f"the corpus {name} holds no sentence")
     kept = list(first.values())
     return list(first), [sources[i] for i in kept], kept, len(texts)
+
+
+class Corpus:
+    """The tokenised sentences of a cache, their cached targets and their domains."""
+
+    def __init__(self, cache, encoder):
+        self.encoder = encoder
+        self.tokens = tokenize(encoder, cache["sentences"])
+        self.embeddings = cache["embeddings"]  # (n, d_T), on disk; None: no teacher
+        self.domains = torch.from_numpy(np.unique(cache["sources"], return_inverse=True)[1])
+
+    def __len__(self):
+        return len(self.domains)
+
+    @property
+    def d_T(self):
+        """The teacher's dimension; None without a teacher."""
+        return None if self.embeddings is None else self.embeddings.shape[1]
+
+    def batch(self, rows):
+        """Positions (N,) -> tokens, (N, T) each; E^T, (N, d_T), or None; domains, (N,)."""
+        device = self.encoder.model.device
+        tokens = pad(self.tokens, rows, self.encoder.model)
+        teacher = None
+        if self.embeddings is not None:
+            teacher = self.embeddings[rows].float().to(device)
+        return tokens, teacher, self.domains[rows].to(device)
+
+    def identity(self):
+        """A hash of what is learnt from, tokens, targets and domains, and of who learns."""
+        parts = [self.encoder.identity(), self.tokens.ids, self.tokens.starts, self.domains]
+        if self.embeddings is not None:
+            parts.append(self.embeddings)
+        return digest(*parts)
 
 
 # ------------------------------------------------------------------ the nine benchmarks on the Hub

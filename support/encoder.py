@@ -119,29 +119,6 @@ def pad(tokens, rows, model):
     return {name: torch.from_numpy(t).long().to(model.device) for name, t in batch.items()}
 
 
-class Corpus:
-    """The tokenised sentences of a cache, their cached targets and their domains."""
-
-    def __init__(self, cache, student):
-        self.tokens, self.student = tokenize(student, cache["sentences"]), student
-        self.embeddings = cache["embeddings"].detach()  # (n, d_T), on disk; d_T 0: no teacher
-        self.d_T = self.embeddings.shape[1]
-        self.domains = torch.from_numpy(np.unique(cache["sources"], return_inverse=True)[1])
-
-    def __len__(self):
-        return len(self.domains)
-
-    def batch(self, rows):
-        """Positions (N,) -> tokens, (N, T) each; E^T, (N, d_T); domains, (N,)."""
-        device, tokens = self.student.model.device, pad(self.tokens, rows, self.student.model)
-        return tokens, self.embeddings[rows].float().to(device), self.domains[rows].to(device)
-
-    def identity(self):
-        """A hash of what is learnt from, tokens, targets and domains, and of who learns."""
-        own = self.student.identity(), self.tokens.ids, self.tokens.starts
-        return digest(*own, self.domains, self.embeddings)
-
-
 def forward(model, batch, **how):
     """What a model gives for a batch, without the keys and values that a next token would need."""
     return model(**batch, **how, **({"use_cache": False} if takes(model, "use_cache") else {}))

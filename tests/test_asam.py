@@ -9,7 +9,7 @@ from conftest import plain_perturbed, plain_tamd, rows, small_bert, small_cache
 
 import talas
 from cache_teacher import load_cache
-from support.encoder import Corpus
+from support.data import Corpus
 from support.loading import load_encoder
 from talas import ASAM, Settings, largest_hessian_eigenvalue, measure_sharpness
 

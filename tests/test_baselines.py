@@ -10,7 +10,7 @@ from conftest import before_each_step, cosines, in_two_processes, metrics, rows,
 
 import talas
 from study import baselines
-from support.encoder import Corpus
+from support.data import Corpus
 from support.loading import load_encoder
 
 E, T, W = rows(6, 5, seed=1), rows(6, 5, seed=2), rows(6, 9, seed=3)

@@ -7,7 +7,7 @@ import torch
 from conftest import SENTENCES, plain_lasd, plain_simcse, plain_tamd, plain_total, rows
 
 import talas
-from support.encoder import Corpus
+from support.data import Corpus
 from support.loading import load_encoder
 from talas import Settings
 

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import talas
-from support.encoder import Corpus, encode, pad, pooled_layers, rehearse, tokenize
+from support.data import Corpus
+from support.encoder import encode, pad, pool, pooled_layers, rehearse, tokenize
 from support.encoder import save_encoder as save
 from support.loading import load_encoder as load
 from support.run import check_fit
@@ -198,10 +199,10 @@ def test_padding_on_either_side_and_half_precision(pooling):
     expected = {"cls": states[0], "last": states[-1], "mean": states.double().mean(0)}[pooling]
     batch, mask = torch.full((2, 2100, 4), 6e4).half(), torch.zeros(2, 2100).long()
     batch[0, :2000], mask[0, :2000], batch[1, 100:], mask[1, 100:] = states, 1, states, 1
-    found = talas.pool(batch, mask, pooling)
+    found = pool(batch, mask, pooling)
     assert found.dtype == torch.float16
     torch.testing.assert_close(found.double(), expected.expand(2, 4).double(), rtol=2e-3, atol=0)
-    pytest.raises(ValueError, talas.pool, batch, mask, "max")
+    pytest.raises(ValueError, pool, batch, mask, "max")
 
 
 def test_batches_and_slices_keep_their_order(bert):

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, BertModel
 import talas
 from cache_teacher import load_cache
 from study import baselines, bench, geometry, online, report, results, run
-from support.encoder import Corpus
+from support.data import Corpus
 from support.loading import load_encoder
 
 README, CPU = ROOT / "study" / "README.md", torch.device("cpu")

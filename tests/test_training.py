@@ -38,7 +38,8 @@ from cache_teacher import fingerprint, load_cache
 from demo import tiny
 from study import baselines
 from support import run as runs
-from support.encoder import Corpus, encode, tokenize
+from support.data import Corpus
+from support.encoder import encode, tokenize
 from support.loading import load_encoder
 from talas import Settings
 
