@@ -1,16 +1,12 @@
 """What the tests share: a home of their own; sentences, models and caches made in a moment; runs
 in processes of their own; the paper's formulas once more, in plain PyTorch."""
 
-import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
-import traceback
 from functools import cache as once
-from itertools import count, product
 from pathlib import Path
 
 # No test writes to the user's home, asks the network or a GPU.
@@ -26,44 +22,15 @@ sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from transformers import AutoModel, BertConfig, BertModel
+from helpers import *  # noqa: F403 - until no test takes them from here
+from helpers import SENTENCES, SOURCES, small_bert, small_cache, write_files
 
-import talas
-from cache_teacher import fingerprint
-from demo.tiny import tiny_student
+put = write_files
 
 torch.set_num_threads(1)  # a forked process has one, and equal bits want equal numbers
 
-WORDS = ("cook nurse pilot clown", "sees paints", "door boat rose", "garden harbour")
-SENTENCES = [  # 48, of five lengths
-    f"The {who} {does} the {what} in the {where}{' and then home' * (i % 5)}."
-    for i, (who, does, what, where) in enumerate(product(*map(str.split, WORDS)))
-]
-TEXTS = [*SENTENCES[:8], "The DOOR, a boat", "rose"]  # a few
-SOURCES = ["a", "b", "a"] * 16  # two domains, unlike in size
 
-
-def put(folder, files):
-    """Write files: bytes, text, rows of a .jsonl, JSON; change a JSON file's keys (a dict).
-
-    What can be called writes the file itself; None deletes it.
-    """
-    for name, content in files.items():
-        path = Path(folder, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if callable(content):
-            content(path)
-            continue
-        if isinstance(content, dict) and path.exists():
-            content = json.loads(path.read_text()) | content
-        if isinstance(content, list) and path.suffix == ".jsonl":
-            content = "\n".join(map(json.dumps, content))
-        elif isinstance(content, (dict, list)):
-            content = json.dumps(content)
-        raw = content.encode() if isinstance(content, str) else content
-        path.unlink() if raw is None else path.write_bytes(raw)
-    return folder
+built_once = once(lambda: small_bert(Path(HOME.name, "bert")))
 
 
 @pytest.fixture
@@ -73,39 +40,10 @@ def corpus(tmp_path):
     return put(tmp_path, {"corpus.jsonl": rows}) / "corpus.jsonl"
 
 
-def small_cache(path):
-    """Write a teacher cache of the 48 sentences: random embeddings of 8 dimensions."""
-    embeddings = torch.randn(48, 8, generator=torch.Generator().manual_seed(3))
-    content = {"sentences": list(SENTENCES), "sources": list(SOURCES), "embeddings": embeddings}
-    content |= {"teacher": "random", "pooling": "none", "max_length": 256, "version": 1}
-    torch.save(content | {"fingerprint": fingerprint(SENTENCES)}, path)
-    return path
-
-
 @pytest.fixture
 def cache(tmp_path):
     """A teacher cache of the 48 sentences: random embeddings of 8 dimensions."""
     return small_cache(tmp_path / "teacher.pt")
-
-
-SIZES = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 2}
-SIZES |= {"intermediate_size": 64, "max_position_embeddings": 64}
-SIZES |= {"initializer_range": 0.4}  # BERT's own 0.02 makes all sentences nearly the same vector
-
-
-def small_bert(folder, seed=0, **config):
-    """Write a BERT with random weights and the sentences' vocabulary, as transformers does."""
-    student = tiny_student(SENTENCES, seed=0)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        words = student.tokenizer.get_vocab_size()
-        BertModel(BertConfig(vocab_size=words, **(SIZES | config))).save_pretrained(folder)
-    about = json.loads(student.files["tokenizer_config.json"]) | {"model_max_length": 64}
-    tokens = student.files["tokenizer.json"]
-    return put(folder, {"tokenizer_config.json": about, "tokenizer.json": tokens})
-
-
-built_once = once(lambda: small_bert(Path(HOME.name, "bert")))
 
 
 @pytest.fixture
@@ -119,33 +57,6 @@ def here(tmp_path, corpus, cache, bert, monkeypatch):
     """The current folder, with corpus.jsonl, teacher.pt and bert."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def own_ids(folder, texts=TEXTS, types=False):
-    """Token ids by tokenizer.json alone; or pairs of them with their token_type_ids."""
-    tokens = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
-    tokens.no_padding()
-    tokens.no_truncation()
-    encoded = tokens.encode_batch(list(texts))
-    return [(row.ids, row.type_ids) if types else row.ids for row in encoded]
-
-
-@torch.no_grad()
-def alone(folder, pooling, texts=TEXTS, layer=-1):
-    """Embeddings by transformers, one sentence at a time: no padding, no mask, no batch."""
-    model, made = AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), []
-    for ids, types in own_ids(folder, texts, types=True):
-        types = {"token_type_ids": torch.tensor([types])} if any(types) else {}
-        found = model(torch.tensor([ids]), **types, output_hidden_states=True)
-        states = (found.last_hidden_state if layer == -1 else found.hidden_states[layer])[0]
-        made.append({"cls": states[0], "last": states[-1], "mean": states.mean(0)}[pooling])
-    return torch.stack(made)
-
-
-def metrics(folder):
-    """The lines of metrics.jsonl: those of steps, those of epochs."""
-    lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
-    return [[line for line in lines if ("end_of_epoch" in line) == e] for e in (False, True)]
 
 
 @pytest.fixture
@@ -163,50 +74,6 @@ def ends_with_one_line(capsys):
         return error
 
     return check
-
-
-def before_each_step(do, patch=None):
-    """From here on, do(n, objective) happens before the n-th training step."""
-    numbers, step = count(1), talas.training_step
-
-    def watched(objective, *rest):
-        do(next(numbers), objective)
-        return step(objective, *rest)
-
-    (patch or pytest.MonkeyPatch()).setattr(talas, "training_step", watched)
-
-
-def start_process(action, **environment):
-    """Begin an action in a process of its own and return its number; skip where none forks well."""
-    if sys.platform != "linux":
-        pytest.skip("needs Linux's fork and signals")
-    if pid := os.fork():
-        return pid
-    signal.alarm(120)  # none waits for ever for another
-    try:
-        os.environ |= environment
-        action()
-        os._exit(0)
-    except SystemExit as stopped:
-        os._exit(stopped.code)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(99)
-
-
-def in_a_process(action):
-    """Run an action in a process of its own; returns its exit code, or minus the signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(start_process(action), 0)[1])
-
-
-def in_two_processes(action):
-    """Run an action in two processes, as torchrun does; returns the exit code of each."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    pids = [start_process(action, RANK=rank, LOCAL_RANK=rank, **where) for rank in "01"]
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
 # -------------------------------------------------- the paper once more, in plain PyTorch
