@@ -28,6 +28,12 @@ TEXTS = [*SENTENCES[:8], "The DOOR, a boat", "rose"]  # a few
 SOURCES = ["a", "b", "a"] * 16  # two domains, unlike in size
 
 
+def random_rows(*shape, seed=0, dtype=torch.float64):
+    """Standard normal numbers of that seed, such as the embeddings of a batch."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
 def write_files(folder, files):
     """Write files: bytes, text, rows of a .jsonl, JSON; change a JSON file's keys (a dict).
 
