@@ -226,19 +226,16 @@ class Checkpoint:
 
 def progress(total, unit, label=None, initial=0):
     """A progress bar with the time left; where no one watches, a line every half minute."""
-    if sys.stderr.isatty():
-        pace = {"mininterval": 0.1}
-    else:
-        pace = {"mininterval": 30, "delay": 30}
-    hidden = rank() > 0
+    seconds = 0.1 if sys.stderr.isatty() else 30
     return tqdm(
         total=total,
         unit=unit,
         desc=label,
         initial=initial,
+        mininterval=seconds,
+        delay=seconds,
         dynamic_ncols=True,
-        disable=hidden,
-        **pace,
+        disable=rank() > 0,
     )
 
 
@@ -251,10 +248,10 @@ class Log:
         self.steps, self.device = steps, device
         self.count = first_epoch * steps  # steps that are done
         self.values = []  # of the steps since the last line
-        lines = [line for line in read_metrics(s.output) if line.get("step", 0) <= self.count]
         with attempt(f"write --output {s.output}"):
             self.path.parent.mkdir(exist_ok=True)
-        self.write(lines if s.resume else [], mode="w")
+        lines = read_metrics(s.output) if s.resume else []
+        self.write([line for line in lines if line["step"] <= self.count], mode="w")
         self.bar = progress(s.epochs * steps, "step", initial=self.count)
 
     def write(self, lines, mode="a"):
@@ -273,17 +270,22 @@ class Log:
         self.values.append(torch.stack(list(values.values())))
         self.count += 1
         self.bar.update()
-        if self.count % LOG_EVERY and self.count % self.steps:
-            return
-        rows = torch.stack(self.values)  # (steps since the last line, values of a step)
+        if self.count % LOG_EVERY == 0 or self.count % self.steps == 0:
+            self.write_means(list(values), lr)
+
+    def write_means(self, names, lr):
+        """Write the line of the steps since the last one: means over steps and processes."""
+        rows = torch.stack(self.values)  # (steps, names)
         if processes() > 1:
             distributed.all_reduce(rows)
         rows = rows.cpu() / processes()
-        ms = 1000 * (time.perf_counter() - self.clock) / len(rows)
-        self.check_finite(rows, list(values))
-        means = dict(zip(values, rows.mean(0).tolist()))
+        self.check_finite(rows, names)
+        means = dict(zip(names, rows.mean(0).tolist()))
+        seconds = time.perf_counter() - self.clock
         line = {"step": self.count, "epoch": -(-self.count // self.steps)} | means
-        line |= {"lr": lr, "ms_per_step": ms, "memory_mb": memory_mb(self.device)}
+        line["lr"] = lr
+        line["ms_per_step"] = 1000 * seconds / len(rows)
+        line["memory_mb"] = memory_mb(self.device)
         self.write([line])
         self.bar.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()}, refresh=False)
         self.values = []
@@ -309,14 +311,14 @@ class Log:
 
 
 def read_metrics(folder):
-    """The lines of a run's metrics.jsonl; a damaged line is skipped: it is only a log."""
-    path = Path(folder, "metrics.jsonl")
+    """The lines of a run's metrics.jsonl, without one that was cut off when the run was killed."""
     lines = []
+    path = Path(folder, "metrics.jsonl")
     if path.exists():
-        for text in path.read_text("utf-8", "replace").splitlines():
+        for text in path.read_text("utf-8").splitlines():
             with suppress(ValueError):
                 lines.append(json.loads(text))
-    return [line for line in lines if isinstance(line, dict)]
+    return lines
 
 
 def cost(folder):
