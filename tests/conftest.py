@@ -1,43 +1,39 @@
-"""What the tests share: a home of their own; sentences, models and caches made in a moment; runs
-in processes of their own; the paper's formulas once more, in plain PyTorch."""
+"""Fixtures, and an environment in which no test writes to the user's home or asks the network."""
 
 import os
 import shutil
 import signal
 import sys
 import tempfile
-from functools import cache as once
 from pathlib import Path
 
-# No test writes to the user's home, asks the network or a GPU.
 HOME = tempfile.TemporaryDirectory(prefix="talas-tests-")
 for name in ("HOME", "USERPROFILE", "HF_HOME", "XDG_CACHE_HOME", "TMPDIR", "TMP", "TEMP"):
     os.environ[name] = HOME.name
 for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
     os.environ.pop(name, None)
-os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest
 import torch
 from helpers import *  # noqa: F403 - until no test takes them from here
-from helpers import SENTENCES, SOURCES, small_bert, small_cache, write_files
+from helpers import SENTENCES, SOURCES, random_rows, small_bert, small_cache, write_files
 
 put = write_files
-
-torch.set_num_threads(1)  # a forked process has one, and equal bits want equal numbers
-
-
-built_once = once(lambda: small_bert(Path(HOME.name, "bert")))
+rows = random_rows
+torch.set_num_threads(1)  # a forked process has one; with as many the bits are equal
 
 
 @pytest.fixture
 def corpus(tmp_path):
     """A .jsonl file of the 48 sentences, from two sources."""
     rows = [{"text": text, "source": source} for text, source in zip(SENTENCES, SOURCES)]
-    return put(tmp_path, {"corpus.jsonl": rows}) / "corpus.jsonl"
+    write_files(tmp_path, {"corpus.jsonl": rows})
+    return tmp_path / "corpus.jsonl"
 
 
 @pytest.fixture
@@ -46,10 +42,16 @@ def cache(tmp_path):
     return small_cache(tmp_path / "teacher.pt")
 
 
+@pytest.fixture(scope="session")
+def shared_bert(tmp_path_factory):
+    """The folder that the fixture bert copies."""
+    return small_bert(tmp_path_factory.mktemp("shared") / "bert")
+
+
 @pytest.fixture
-def bert(tmp_path):
+def bert(tmp_path, shared_bert):
     """A directory with a small BERT of 3 layers and 32 dimensions."""
-    return shutil.copytree(built_once(), tmp_path / "bert")
+    return shutil.copytree(shared_bert, tmp_path / "bert")
 
 
 @pytest.fixture
@@ -69,18 +71,12 @@ def ends_with_one_line(capsys):
             call()
         error = capsys.readouterr().err
         assert stopped.value.code == 2
-        assert error.startswith("error: ") and error.count("\n") == 1 and error[-1] == "\n", error
-        assert all(word in error for word in words), error
+        assert error.startswith("error: ") and error.endswith("\n") and error.count("\n") == 1
+        for word in words:
+            assert word in error
         return error
 
     return check
-
-
-# -------------------------------------------------- the paper once more, in plain PyTorch
-def rows(*shape, seed=0, dtype=torch.float64):
-    """Random numbers of that seed."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def cosines(a, b):

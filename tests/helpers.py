@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import traceback
-from itertools import count, product
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -19,15 +19,21 @@ from cache_teacher import fingerprint
 from demo.tiny import tiny_student
 
 ROOT = Path(__file__).parent.parent
-WORDS = ("cook nurse pilot clown", "sees paints", "door boat rose", "garden harbour")
+WORDS = product(
+    ["cook", "nurse", "pilot", "clown"],
+    ["sees", "paints"],
+    ["door", "boat", "rose"],
+    ["garden", "harbour"],
+)
 SENTENCES = [  # 48, of five lengths
     f"The {who} {does} the {what} in the {where}{' and then home' * (i % 5)}."
-    for i, (who, does, what, where) in enumerate(product(*map(str.split, WORDS)))
+    for i, (who, does, what, where) in enumerate(WORDS)
 ]
-TEXTS = [*SENTENCES[:8], "The DOOR, a boat", "rose"]  # a few
-SOURCES = ["a", "b", "a"] * 16  # two domains, unlike in size
+TEXTS = [*SENTENCES[:8], "The DOOR, a boat", "rose"]
+SOURCES = ["a", "b", "a"] * 16  # two domains of different size
 
 
+# -------------------------------------------------------------------------- tensors and files
 def random_rows(*shape, seed=0, dtype=torch.float64):
     """Standard normal numbers of that seed, such as the embeddings of a batch."""
     generator = torch.Generator().manual_seed(seed)
@@ -35,119 +41,179 @@ def random_rows(*shape, seed=0, dtype=torch.float64):
 
 
 def write_files(folder, files):
-    """Write files: bytes, text, rows of a .jsonl, JSON; change a JSON file's keys (a dict).
+    """Write {name: content}: bytes, text, the rows of a .jsonl, JSON. Returns the folder.
 
-    What can be called writes the file itself; None deletes it.
+    A dict changes the keys of a JSON file that exists. A function of the path writes the file
+    itself. None deletes the file.
     """
     for name, content in files.items():
         path = Path(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            path.unlink()
+            continue
         if callable(content):
             content(path)
             continue
         if isinstance(content, dict) and path.exists():
             content = json.loads(path.read_text()) | content
         if isinstance(content, list) and path.suffix == ".jsonl":
-            content = "\n".join(map(json.dumps, content))
-        elif isinstance(content, (dict, list)):
+            content = "\n".join(json.dumps(row) for row in content)
+        if isinstance(content, dict | list):
             content = json.dumps(content)
-        raw = content.encode() if isinstance(content, str) else content
-        path.unlink() if raw is None else path.write_bytes(raw)
+        if isinstance(content, str):
+            content = content.encode()
+        path.write_bytes(content)
     return folder
 
 
+# ---------------------------------------------------------------------------- caches and models
 def small_cache(path):
     """Write a teacher cache of the 48 sentences: random embeddings of 8 dimensions."""
-    embeddings = torch.randn(48, 8, generator=torch.Generator().manual_seed(3))
-    content = {"sentences": list(SENTENCES), "sources": list(SOURCES), "embeddings": embeddings}
-    content |= {"teacher": "random", "pooling": "none", "max_length": 256, "version": 1}
-    torch.save(content | {"fingerprint": fingerprint(SENTENCES)}, path)
+    content = {
+        "sentences": list(SENTENCES),
+        "sources": list(SOURCES),
+        "embeddings": random_rows(48, 8, seed=3, dtype=torch.float32),
+        "teacher": "random",
+        "pooling": "none",
+        "max_length": 256,
+        "version": 1,
+        "fingerprint": fingerprint(SENTENCES),
+    }
+    torch.save(content, path)
     return path
 
 
-SIZES = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 2}
-SIZES |= {"intermediate_size": 64, "max_position_embeddings": 64}
-SIZES |= {"initializer_range": 0.4}  # BERT's own 0.02 makes all sentences nearly the same vector
-
-
 def small_bert(folder, seed=0, **config):
-    """Write a BERT with random weights and the sentences' vocabulary, as transformers does."""
+    """Write a BERT with random weights and the sentences' vocabulary. Returns its folder."""
     student = tiny_student(SENTENCES, seed=0)
+    sizes = {
+        "vocab_size": student.tokenizer.get_vocab_size(),
+        "num_hidden_layers": 3,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.4,  # with BERT's own 0.02 all sentences get nearly the same vector
+    }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        words = student.tokenizer.get_vocab_size()
-        BertModel(BertConfig(vocab_size=words, **(SIZES | config))).save_pretrained(folder)
-    about = json.loads(student.files["tokenizer_config.json"]) | {"model_max_length": 64}
-    tokens = student.files["tokenizer.json"]
-    return write_files(folder, {"tokenizer_config.json": about, "tokenizer.json": tokens})
+        BertModel(BertConfig(**(sizes | config))).save_pretrained(folder)
+    student.tokenizer.no_truncation()
+    tokenizer_config = {
+        "tokenizer_class": "BertTokenizer",
+        "model_max_length": 64,
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+    }
+    files = {
+        "tokenizer.json": student.tokenizer.to_str(),
+        "tokenizer_config.json": tokenizer_config,
+    }
+    return write_files(folder, files)
 
 
-def own_ids(folder, texts=TEXTS, types=False):
-    """Token ids by tokenizer.json alone; or pairs of them with their token_type_ids."""
-    tokens = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
-    tokens.no_padding()
-    tokens.no_truncation()
-    encoded = tokens.encode_batch(list(texts))
-    return [(row.ids, row.type_ids) if types else row.ids for row in encoded]
+def tokenize_alone(folder, texts=TEXTS):
+    """The tokenizer.json's own encoding of each text: no padding, no truncation."""
+    tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer.encode_batch(list(texts))
+
+
+def own_ids(folder, texts=TEXTS):
+    """Token ids by tokenizer.json alone."""
+    return [encoding.ids for encoding in tokenize_alone(folder, texts)]
 
 
 @torch.no_grad()
 def alone(folder, pooling, texts=TEXTS, layer=-1):
     """Embeddings by transformers, one sentence at a time: no padding, no mask, no batch."""
-    model, made = AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), []
-    for ids, types in own_ids(folder, texts, types=True):
-        types = {"token_type_ids": torch.tensor([types])} if any(types) else {}
-        found = model(torch.tensor([ids]), **types, output_hidden_states=True)
-        states = (found.last_hidden_state if layer == -1 else found.hidden_states[layer])[0]
-        made.append({"cls": states[0], "last": states[-1], "mean": states.mean(0)}[pooling])
-    return torch.stack(made)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    embeddings = []
+    for encoding in tokenize_alone(folder, texts):
+        inputs = {"input_ids": torch.tensor([encoding.ids])}
+        if any(encoding.type_ids):
+            inputs["token_type_ids"] = torch.tensor([encoding.type_ids])
+        output = model(**inputs, output_hidden_states=True)
+        hidden = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+        if pooling == "mean":
+            embeddings.append(hidden[0].mean(0))
+        else:
+            position = {"cls": 0, "last": -1}[pooling]
+            embeddings.append(hidden[0, position])
+    return torch.stack(embeddings)
 
 
+# ----------------------------------------------------------------------------------------- runs
 def metrics(folder):
-    """The lines of metrics.jsonl: those of steps, those of epochs."""
-    lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
-    return [[line for line in lines if ("end_of_epoch" in line) == e] for e in (False, True)]
+    """The lines of metrics.jsonl: [those of steps, those of epochs]."""
+    steps, epochs = [], []
+    for text in Path(folder, "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        if "end_of_epoch" in line:
+            epochs.append(line)
+        else:
+            steps.append(line)
+    return [steps, epochs]
 
 
-def before_each_step(do, patch=None):
-    """From here on, do(n, objective) happens before the n-th training step."""
-    numbers, step = count(1), talas.training_step
+def before_each_step(action, patch=None):
+    """From here on, action(n, objective) is called before the n-th training step.
 
-    def watched(objective, *rest):
-        do(next(numbers), objective)
-        return step(objective, *rest)
+    Without pytest's monkeypatch, for the rest of this process.
+    """
+    training_step = talas.training_step
+    steps = []
 
-    (patch or pytest.MonkeyPatch()).setattr(talas, "training_step", watched)
+    def watched_step(objective, *arguments):
+        steps.append(objective)
+        action(len(steps), objective)
+        return training_step(objective, *arguments)
+
+    patch = patch or pytest.MonkeyPatch()
+    patch.setattr(talas, "training_step", watched_step)
 
 
-def start_process(action, **environment):
-    """Begin an action in a process of its own and return its number; skip where none forks well."""
+def start_process(action, environment):
+    """Start an action in a forked process and return its number. Skips but on Linux."""
     if sys.platform != "linux":
         pytest.skip("needs Linux's fork and signals")
-    if pid := os.fork():
+    pid = os.fork()
+    if pid:
         return pid
-    signal.alarm(120)  # none waits for ever for another
+    signal.alarm(120)  # two processes must not wait for each other for ever
+    code = 99
     try:
         os.environ |= environment
         action()
-        os._exit(0)
+        code = 0
     except SystemExit as stopped:
-        os._exit(stopped.code)
+        code = stopped.code
     except BaseException:
         traceback.print_exc()
     finally:
-        os._exit(99)
+        os._exit(code)
+
+
+def exit_code(pid):
+    """The exit code of a process when it has ended, or minus the signal that killed it."""
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
 def in_a_process(action):
     """Run an action in a process of its own; returns its exit code, or minus the signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(start_process(action), 0)[1])
+    return exit_code(start_process(action, {}))
 
 
 def in_two_processes(action):
     """Run an action in two processes, as torchrun does; returns the exit code of each."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    pids = [start_process(action, RANK=rank, LOCAL_RANK=rank, **where) for rank in "01"]
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    first = start_process(action, shared | {"RANK": "0", "LOCAL_RANK": "0"})
+    second = start_process(action, shared | {"RANK": "1", "LOCAL_RANK": "1"})
+    return [exit_code(first), exit_code(second)]
