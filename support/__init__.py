@@ -1,38 +1,53 @@
 """What keeps a run safe, so that the three scripts can be about the paper.
 
-files.py: files whole or absent; data.py: sentences and benchmarks; loading.py: models that are
-understood; encoder.py: sentences to embeddings; run.py: training that can be interrupted.
+files.py: files are whole or absent; data.py: sentences and benchmarks; loading.py: models as their
+authors wrote them; encoder.py: sentences to embeddings; run.py: training that can be interrupted.
 """
 
+import io
 import sys
 from contextlib import contextmanager
 
 
+def escape_unprintable():
+    """Print what a stream's encoding lacks as \\u03b5: a pipe on Windows has no ε.
+
+    Each script calls it first. Importing support changes nothing.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's streams print everything
+            stream.reconfigure(errors="backslashreplace")
+
+
 def fail(message):
-    """End with exit code 2 and one line on standard error: the user's mistake, not a bug."""
+    """End the program with exit code 2 and one line on standard error: a mistake of the user's."""
     line = " ".join(str(message).split())
-    print("error:", line if len(line) < 600 else f"{line[:590]} ...", file=sys.stderr)
+    if len(line) > 600:
+        line = f"{line[:590]} ..."
+    print("error:", line, file=sys.stderr)
     raise SystemExit(2)
 
 
 @contextmanager
 def attempt(what, *errors):
-    """Make the `errors` of reading a file or a model one line; keep the block small.
+    """Turn the `errors` of a call that reads or writes into one line: cannot `what`, and why.
 
-    Without any: OSError and ValueError.
+    Put it around that call alone, so that a bug keeps its traceback. Default: OSError, ValueError.
     """
     try:
         yield
     except errors or (OSError, ValueError) as error:  # noqa: B030 - it is a tuple of classes
-        plain = isinstance(error, OSError) and error.strerror
-        fail(f"cannot {what}: {plain or str(error) or type(error).__name__}")
+        reason = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        fail(f"cannot {what}: {reason}")
 
 
 @contextmanager
 def interruptible(advice):
-    """Make Ctrl-C in this block one line that says how to go on."""
+    """Turn Ctrl-C into one line that says how to continue."""
     try:
         yield
     except KeyboardInterrupt:
-        print(file=sys.stderr)  # a progress bar ends where it is
+        print(file=sys.stderr)  # the progress bar has not ended its line
         fail(f"interrupted; {advice}")

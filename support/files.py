@@ -1,4 +1,4 @@
-"""Files that are whole or absent: no input is written over, nothing is replaced unasked."""
+"""Files are whole or absent; no input is overwritten."""
 
 import hashlib
 import json
@@ -20,86 +20,87 @@ TORN = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, zip
 
 @contextmanager
 def whole(path):
-    """A temporary path to write to; it takes the place of `path` when the block has ended well."""
+    """A temporary path to write to. It replaces `path` when the block ends without an error."""
     partial = Path(f"{path}.partial")
     try:
-        with attempt(f"write {path}", OSError, RuntimeError):  # the latter is torch.save's own
+        with attempt(f"write {path}", OSError):
             yield partial
-            os.replace(partial, path)
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def save(path, content):
     """torch.save, whole or not at all."""
-    with whole(path) as partial:
-        torch.save(content, partial)
+    with whole(path) as partial, open(partial, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # its words say nothing of a full disk; its context does
+            raise error.__context__ or error from None
 
 
 def write_json(path, content):
-    """A JSON file, whole or not at all."""
+    """Write a JSON file, whole or not at all."""
     with whole(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path, needed=False):
-    """What a JSON file holds; {} if there is no such file, unless it is `needed`."""
+    """The content of a JSON file; {} if there is no such file, unless it is `needed`."""
+    if not needed and not path.exists():
+        return {}
     with attempt(f"read {path}"):
-        return json.loads(path.read_text("utf-8")) if needed or path.exists() else {}
+        return json.loads(path.read_text("utf-8"))
 
 
 def load(path, mmap=True):
-    """torch.load of tensors and plain values; runs no code of the file's.
+    """torch.load of tensors and plain values; it runs no code from the file.
 
-    With `mmap` the tensors stay on disk, unchecked; without, each is held against its checksum.
+    With `mmap` the tensors stay on disk, unchecked. Without, their checksums are verified.
     """
-    with attempt(f"read {path}", *TORN):
-        with open(path, "rb") as file:
-            if not zipfile.is_zipfile(file):
-                raise ValueError("torch.save did not write it, or a part is missing (Git LFS?)")
-        if not mmap and (torn := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"it is damaged: {torn}")
-        try:
-            return torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
-        except pickle.UnpicklingError:  # whose own words advise to run the file's code
-            raise ValueError("it holds more than tensors and plain values, or is damaged") from None
+    what = f"read {path} as torch.save wrote it (is a part missing, is it a Git LFS pointer?)"
+    with attempt(what, *TORN), zipfile.ZipFile(path) as parts:
+        if not mmap and parts.testzip():
+            raise ValueError("it is damaged")
+    try:
+        return torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
+    except TORN:  # torch's own message advises to run the file's code
+        fail(f"{path} holds more than tensors and plain values, or is damaged")
 
 
 def check_output(flag, path, **inputs):
-    """End the program if a file can't be written there; inputs: other flags' names and paths."""
-    out = Path(path)
-    if not path or path.endswith("/") or out.is_dir() or not out.parent.is_dir():
-        fail(f"{flag} {path!r} must be a file's name in a folder that exists")
-    keep_apart(flag, out, **inputs)
-    if out.is_symlink() or (out.exists() and not out.is_file()):
-        fail(f"{flag} {out} is a link or no plain file; give the file's own name")
-    with attempt(f"write {out}"):
-        Path(f"{out}.partial").touch()
-        Path(f"{out}.partial").unlink()
+    """End the program if no file can be written to `path`. inputs: other flags and their paths."""
+    keep_apart(flag, path, **inputs)
+    if os.path.exists(path) and not os.path.isfile(path):
+        fail(f"{flag} {path} is not a file; give the name of a file")
+    partial = Path(f"{path}.partial")
+    with attempt(f"write {flag} {path}"):
+        partial.touch()
+        partial.unlink()
 
 
 def keep_apart(flag, output, **inputs):
-    """End the program if the output is one of the inputs: other flags' names and paths."""
+    """End the program if the output is one of the inputs: other flags and their paths."""
     for name, path in inputs.items():
         if os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path):
-            fail(f"{flag} {output} is the --{name} itself; choose another {flag}")
+            fail(f"{flag} {output} is also the --{name}; choose another {flag}")
 
 
 def positive(text):
     """An integer of at least 1, for argparse."""
-    if not 1 <= int(text) < 2**31:
+    value = int(text)
+    if value < 1:
         raise ValueError
-    return int(text)
+    return value
 
 
 def digest(*parts):
     """A hash of plain values, bytes, arrays and tensors, in their order."""
     total = hashlib.sha256()
     for part in parts:
-        if isinstance(part, torch.Tensor):
-            for values in part.detach().reshape(-1).split(1 << 24):  # a large one may lie on disk
-                total.update(values.cpu().view(torch.uint8).numpy())
-        else:
-            raw = isinstance(part, (np.ndarray, bytes))
-            total.update(part if raw else json.dumps(part).encode())
+        if isinstance(part, torch.Tensor):  # without a copy: it may be large, and on disk
+            part = part.reshape(-1).cpu().view(torch.uint8).numpy()
+        elif not isinstance(part, (np.ndarray, bytes)):
+            part = json.dumps(part).encode()
+        total.update(part)
     return total.hexdigest()
