@@ -1,14 +1,14 @@
-"""Other methods that need no more than the cached embeddings of the teacher.
+"""Other methods that learn from the cached embeddings alone.
 
     python study/baselines.py --method distill --teacher bge-m3.pt --student ...
 
-All but the objective and the optimizer, AdamW, is that of talas.py. Choices: study/README.md.
+Each method is an objective; the rest of the training is that of talas.py, by default with AdamW.
+study/README.md gives the choices that were made.
 """
 
 import sys
 import tempfile
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,15 +20,25 @@ from transformers.hf_argparser import HfArg
 
 import talas
 from cache_teacher import load_cache
-from support import fail, interruptible
-from support import run as runs
+from support import interruptible
 from support.data import Corpus
-from support.encoder import rehearse
+from support.encoder import dry_run
+from support.run import (
+    RESUME_ADVICE,
+    check_fit,
+    check_output_folder,
+    check_settings,
+    start_processes,
+    stop_processes,
+)
+
+RESTART_ADVICE = "the same command starts again from the beginning"
 
 
+# ---------------------------------------------------------------------------------------- settings
 @dataclass(frozen=True)
 class Common(talas.Settings):
-    """Those of talas.py, without flags for TALAS's own; online.py's, too."""
+    """The settings of talas.py that all other methods have, those of online.py too."""
 
     optimizer: Literal["asam", "sam", "adamw"] = HfArg(default="adamw", help="Eqs. 2, 8, 9")
     lambda3: float = field(default=0.0, init=False)
@@ -36,29 +46,45 @@ class Common(talas.Settings):
     lasd_layers: int = field(default=0, init=False)
     detach_guide: bool = field(default=False, init=False)
     disam_lambda: float = field(default=0.0, init=False)
+    projection_std: float = HfArg(default=1e-3, help="standard deviation of W at the start")
+
+
+@dataclass(frozen=True)
+class WithStart(talas.Settings):
+    """The settings of talas.py and how W starts, for TALAS itself."""
+
+    projection_std: float = HfArg(default=1e-3, help="standard deviation of W at the start")
 
 
 @dataclass(frozen=True)
 class Settings(Common):
-    """The common ones, and each method's, which the others do not read."""
+    """The common settings and those of single methods, which the other methods ignore."""
 
-    method: Literal["distill", "stella", "distillcse"] = HfArg(default="distill", help="which")
-    distance: Literal["cosine", "mse"] = HfArg(default="cosine", help="distill's, to the teacher")
-    cosine_weight: float = HfArg(default=10.0, help="stella's, of the cosine loss")
-    similarity_weight: float = HfArg(default=200.0, help="stella's, of the similarity loss")
-    relative_weight: float = HfArg(default=20.0, help="stella's, of relative similarity")
-    margin: float = HfArg(default=0.015, help="stella's, of relative similarity")
-    projection_epochs: int = HfArg(default=2, help="stella's first stage: W alone is trained")
-    temperature: float = HfArg(default=0.05, help="distillcse's, of SimCSE")
-    student_temperature: float = HfArg(default=0.025, help="distillcse's, of the student's softmax")
-    teacher_temperature: float = HfArg(default=0.0125, help="distillcse's, of the teacher's")
-    group_p: float = HfArg(default=0.1, help="distillcse's groups; 0: no shuffling")
-    lambda1: float = field(default=0.0, init=False)  # so talas.py reads targets, makes one W
-    lambda2: float = field(default=1.0, init=False)
+    method: Literal["distill", "stella", "distillcse", "rkd"] = HfArg(default="distill")
+    distance: Literal["cosine", "mse"] = HfArg(default="cosine", help="distill: of the embeddings")
+    cosine_weight: float = HfArg(default=10.0, help="stella: weight of the cosine loss")
+    similarity_weight: float = HfArg(default=200.0, help="stella: weight of the similarity loss")
+    relative_weight: float = HfArg(default=20.0, help="stella: weight of relative similarity")
+    margin: float = HfArg(default=0.015, help="stella: margin of relative similarity")
+    projection_epochs: int = HfArg(default=2, help="stella: epochs of W alone, the first stage")
+    temperature: float = HfArg(default=0.05, help="distillcse: temperature of SimCSE")
+    student_temperature: float = HfArg(default=0.025, help="distillcse: of the student's softmax")
+    teacher_temperature: float = HfArg(default=0.0125, help="distillcse: of the teacher's softmax")
+    group_p: float = HfArg(default=0.1, help="distillcse: width of a group; 0: no shuffling")
+    distance_weight: float = HfArg(default=1.0, help="rkd: weight of the distances")
+    angle_weight: float = HfArg(default=2.0, help="rkd: weight of the angles")
+    lambda1: float = field(default=0.0, init=False)  # lambda1 and 2: talas.py reads the targets
+    lambda2: float = field(default=1.0, init=False)  # and makes one W
 
 
+def method_of(s):
+    """The method that the settings name; "TALAS" for settings of TALAS itself."""
+    return getattr(s, "method", "TALAS")
+
+
+# ------------------------------------------------------------------------- distill, Jasper & Stella
 def distill_loss(e, teacher, distance):
-    """Embedding distillation (after Kim et al., 2023), of (N, d_T): EmbedDistillLoss's mean."""
+    """Embedding distillation (after Kim et al., 2023): mean distance of e and teacher, (N, d_T)."""
     if distance == "mse":
         return F.mse_loss(e, teacher)
     return (1 - F.cosine_similarity(e, teacher)).mean()
@@ -71,116 +97,168 @@ def cosines(e):
 
 
 def similarity_loss(e, teacher):
-    """Jasper and Stella's L_sim (Zhang et al., 2025), of (N, d): mean square of R's difference."""
+    """L_sim of Jasper and Stella (Zhang et al., 2025): mean squared difference of two R, (N, N)."""
     return F.mse_loss(talas.relation_matrix(e), talas.relation_matrix(teacher))
 
 
 def relative_similarity_loss(e, teacher, margin):
-    """Jasper and Stella's L_resim: max(0, s_mn - s_ij + margin) wherever t_ij > t_mn, the mean.
+    """L_resim of Jasper and Stella: the mean of max(0, s_mn - s_ij + margin) where t_ij > t_mn.
 
-    s, t: the similarities of the N (N - 1) / 2 pairs of sentences, to the student, to the teacher.
-    Of two pairs, the one more alike to the teacher is to be so to the student. Memory: N⁴.
+    s and t are the cosines of the N (N - 1) / 2 pairs of sentences, by the student and by the
+    teacher: what is more similar to the teacher should be so to the student. Memory: N⁴.
     """
-    s, t = cosines(e), cosines(teacher)  # (P,)
-    ordered = t[:, None] > t[None, :]  # (P, P): of two pairs each way round, the teacher's
-    hinges = F.relu(s[None, :] - s[:, None] + margin)[ordered]
-    return hinges.sum() / max(len(hinges), 1)  # a teacher to whom all are alike orders none
+    s = cosines(e)  # (P,)
+    t = cosines(teacher)  # (P,)
+    more_similar = t[:, None] > t[None, :]  # (P, P): pair ij before pair mn
+    hinges = F.relu(s[None, :] - s[:, None] + margin)[more_similar]
+    return hinges.sum() / max(len(hinges), 1)  # none if the teacher finds all pairs equal
 
 
 def stella_loss(e, teacher, s):
-    """Jasper and Stella's objective in their stages 1 and 2: the weighted sum of three losses."""
+    """The weighted sum of three losses that Jasper and Stella train with in stages 1 and 2."""
     loss = s.cosine_weight * distill_loss(e, teacher, "cosine")
     loss = loss + s.similarity_weight * similarity_loss(e, teacher)
     return loss + s.relative_weight * relative_similarity_loss(e, teacher, s.margin)
 
 
+# -------------------------------------------------------------------------------------- DistillCSE
 def group_p_shuffle(similarities, p):
-    """DistillCSE's Group-P shuffling (Xu et al., 2023): swap likely confusions of the teacher.
+    """Group-P shuffling of DistillCSE (Xu et al., 2023): swap what the teacher may confuse.
 
-    similarities: (N, N - 1), of each sentence to the others. Their softmax is cumulated downwards;
-    those that end in one interval [g p, (g + 1) p) are a group, dealt out anew. Of the same shape.
+    similarities: (N, N - 1), of each sentence to the others. A row's softmax is summed up from the
+    largest down; similarities whose sums fall into one interval [g p, (g + 1) p) are a group, and
+    are shuffled within it. Returns the same shape.
     """
-    falling, order = similarities.sort(descending=True)
-    group = falling.softmax(-1).cumsum(-1).clamp(max=1 - 1e-6).div(p).floor()
-    dealt = (group + torch.rand_like(group)).argsort(-1)  # a group stays in its own places
-    return torch.empty_like(falling).scatter(-1, order, falling.gather(-1, dealt))
+    descending, order = similarities.sort(descending=True)
+    sums = descending.softmax(-1).cumsum(-1).clamp(max=1 - 1e-6)
+    group = sums.div(p).floor()
+    shuffled = (group + torch.rand_like(group)).argsort(-1)  # no similarity leaves its group
+    return torch.empty_like(descending).scatter(-1, order, descending.gather(-1, shuffled))
+
+
+def similarities_to_others(e):
+    """Cosines of each sentence to the others of the batch: (N, d) -> (N, N - 1)."""
+    others = ~torch.eye(len(e), dtype=torch.bool, device=e.device)
+    return talas.relation_matrix(e)[others].view(len(e), -1)
 
 
 def distribution_loss(z, teacher, s, shuffled):
-    """DistillCSE's distillation: cross entropy from the teacher's in-batch distribution, the mean.
+    """The distillation of DistillCSE: cross entropy from the teacher's distribution, the mean.
 
-    z: (N, d_S); teacher: (N, d_T). A sentence's distribution is the softmax of its cosines to the
-    others over a temperature; the teacher's may be shuffled first.
+    z: (N, d_S); teacher: (N, d_T). A sentence's distribution is the softmax of its similarities to
+    the others over a temperature. The teacher's similarities may be shuffled first.
     """
-    others = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
-    student, target = (talas.relation_matrix(x)[others].view(len(z), -1) for x in (z, teacher))
+    student_similarities = similarities_to_others(z)
+    target = similarities_to_others(teacher)
     if shuffled and s.group_p:
         target = group_p_shuffle(target, s.group_p)
     target = (target / s.teacher_temperature).softmax(-1)
-    return F.cross_entropy(student / s.student_temperature, target)
+    return F.cross_entropy(student_similarities / s.student_temperature, target)
 
 
+# --------------------------------------------------------------------------------------------- RKD
+def distances(e):
+    """ψ_D of RKD: distances between embeddings over the mean of pairs i ≠ j, (N, d) -> (N, N)."""
+    differences = e[:, None] - e[None, :]  # (N, N, d)
+    lengths = differences.square().sum(-1).clamp(min=1e-12).sqrt()  # sqrt has no gradient at 0
+    unequal = ~torch.eye(len(e), dtype=torch.bool, device=e.device)
+    return lengths / lengths[unequal].mean() * unequal
+
+
+def angles(e):
+    """ψ_A of RKD: the cosine of the angle at j between i and k, [j, i, k], (N, d) -> (N, N, N)."""
+    differences = e[None, :] - e[:, None]  # (N, N, d): [j, i] is e_i - e_j
+    directions = F.normalize(differences, dim=-1)
+    return directions @ directions.transpose(1, 2)
+
+
+def rkd_loss(e, teacher, s):
+    """Relational knowledge distillation (Park et al., 2019): Huber losses, distances and angles."""
+    loss = s.distance_weight * F.smooth_l1_loss(distances(e), distances(teacher))
+    return loss + s.angle_weight * F.smooth_l1_loss(angles(e), angles(teacher))
+
+
+# ---------------------------------------------------------------------------------------- training
 class Baseline(talas.Objective):
-    """A method's objective, on the student's last layer; projections: [W], (d_S, d_T)."""
-
-    def __init__(self, student, projections, s):
-        super().__init__(student, [] if s.method == "distillcse" else projections, s)
+    """A method's objective on the student's last layer; projections: [W], (d_S, d_T), or none."""
 
     def forward(self, tokens, teacher, domains=None):
-        """(loss, {its terms}); tokens and teacher as in talas.Objective, domains are not used."""
-        s, views = self.s, 2 if self.s.method == "distillcse" else 1
-        z, *second = talas.embed(self.encoder, tokens, s, views)[-1]  # (N, d_S)
-        if second:  # λ_max is of one function: without the shuffling, as without dropout
-            simcse = talas.simcse_loss(z, *second, s.temperature)
-            own = distribution_loss(z, teacher, s, shuffled=self.training)
-            return simcse + own, {"simcse": simcse, "distillation": own, "loss": simcse + own}
-        e = z @ self.projections[0]  # (N, d_T)
-        by_stella = s.method == "stella"
-        own = stella_loss(e, teacher, s) if by_stella else distill_loss(e, teacher, s.distance)
-        return own, {"distillation": own, "loss": own}
+        """(loss, {its terms}); tokens and teacher as in talas.Objective, domains are ignored."""
+        s = self.s
+        views = 2 if s.method == "distillcse" else 1
+        z = talas.embed(self.encoder, tokens, s, views)[-1]  # (views, N, d_S)
+        terms = {}
+        if s.method == "distillcse":
+            terms["simcse"] = talas.simcse_loss(z[0], z[1], s.temperature)
+            # λ_max is of one function: without the shuffling, as without dropout
+            terms["distillation"] = distribution_loss(z[0], teacher, s, shuffled=self.training)
+        elif s.method == "rkd":
+            terms["distillation"] = rkd_loss(z[0], teacher, s)
+        elif s.method == "stella":
+            terms["distillation"] = stella_loss(z[0] @ self.projections[0], teacher, s)
+        else:
+            e = z[0] @ self.projections[0]  # (N, d_T)
+            terms["distillation"] = distill_loss(e, teacher, s.distance)
+        loss = sum(terms.values())
+        return loss, terms | {"loss": loss}
+
+
+def prepare(s, cache, kind=Baseline):
+    """(corpus, objective) for a cache; kind: the class of the objective."""
+    encoder = talas.load_student(s, cache["sentences"])
+    corpus = Corpus(cache, encoder)
+    projections = []
+    if method_of(s) not in ("distillcse", "rkd"):  # these compare relations, in either space
+        projections = talas.new_projections(s, encoder, corpus.d_T)
+    if hasattr(s, "projection_std"):
+        for W in projections:
+            W.mul_(s.projection_std / talas.W_STD)
+    return corpus, kind(encoder, projections, s)
 
 
 def first_stage(s, corpus, objective):
-    """Stella's first stage: the projection alone learns, with the student fixed."""
-    Path(s.output, "checkpoint.pt").unlink(missing_ok=True)  # of a run that is overwritten
-    print(f"the projection alone, {s.projection_epochs} epochs; then all")
+    """Stella's first stage: train the projection alone, with the student fixed."""
+    print(f"first stage: {s.projection_epochs} epochs of the projection alone")
     objective.model.requires_grad_(False)
-    with tempfile.TemporaryDirectory() as folder, interruptible("the same command begins again"):
+    with tempfile.TemporaryDirectory() as folder, interruptible(RESTART_ADVICE):
         stage = replace(s, epochs=s.projection_epochs, output=folder, sharpness=False)
         talas.train(stage, corpus, objective)
     objective.model.requires_grad_(True)
 
 
-def prepare(s, cache, kind=Baseline):
-    """(corpus, objective) of a cache, with an objective of that kind."""
-    if s.batch_size < 3 and kind is Baseline and s.method != "distill":
-        fail(f"--batch_size {s.batch_size}: {s.method} compares sentences; take 3 or more")
-    student = talas.load_student(s, cache["sentences"])
-    corpus = Corpus(cache, student)
-    return corpus, kind(student, talas.new_projections(s, student, corpus.d_T), s)
+def start(s, path):
+    """The first steps of talas.main; path: the cache. Returns what the cache holds."""
+    check_settings(s)
+    check_output_folder(s)
+    start_processes(s)
+    cache = load_cache(path, needed=s.lambda2 > 0)
+    torch.manual_seed(s.seed)
+    return cache
 
 
-def run(s, make, after_epoch=lambda objective, epoch: None):
-    """From the cache, or online.py's --corpus, to the student as in talas.main.
+def train_and_save(s, cache, corpus, objective, keep_epochs):
+    """The last steps of talas.main, with Stella's first stage; keep_epochs: as in talas.train."""
+    check_fit(s, corpus)
+    two_views = s.lambda1 > 0 or method_of(s) == "distillcse"
+    dry_run(corpus.encoder, corpus, s.output, two_views)
+    if method_of(s) == "stella" and not s.resume:
+        first_stage(s, corpus, objective)
+    talas.train(s, corpus, objective, keep_epochs)
+    talas.finish(s, cache, objective)
+    stop_processes()
 
-    make(s, cache) gives (corpus, objective), as prepare; after_epoch(objective, epoch) ends each.
-    """
-    with runs.started(s):
-        cache = load_cache(getattr(s, "corpus", s.teacher), needed=s.lambda2 > 0)
-        torch.manual_seed(s.seed)
-        corpus, objective = make(s, cache)
-        runs.check_fit(s, corpus.encoder, corpus)
-        two_views = s.lambda1 > 0 or not len(objective.projections)
-        rehearse(corpus.encoder, corpus, two_views)
-        if isinstance(objective, Baseline) and s.method == "stella" and not s.resume:
-            first_stage(s, corpus, objective)
-        talas.train(s, corpus, objective, partial(after_epoch, objective))
-        runs.finish(s, cache, partial(talas.save_student, objective))
+
+def run(s, kind=Baseline, keep_epochs=None):
+    """Train with the settings s; kind: the class of the objective, also one of TALAS's own."""
+    with interruptible(RESUME_ADVICE):
+        cache = start(s, s.teacher)
+        corpus, objective = prepare(s, cache, kind)
+        train_and_save(s, cache, corpus, objective, keep_epochs)
 
 
 def main(argv=None):
-    """The command line: as that of talas.py, with a first stage for stella."""
-    run(talas.parse_settings(argv, Settings), prepare)
+    """The command line: that of talas.py with the settings of the methods."""
+    run(talas.parse_settings(argv, Settings))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""The three methods of Table 1 that keep the teacher online: every step needs its tokens.
+"""The three methods of Table 1 that run the teacher in every step.
 
     python study/online.py --method cdm --teacher BAAI/bge-m3 --corpus corpus.jsonl --student ...
 
-cdm: contextual dynamic mapping; dskd: dual-space knowledge distillation; emo. In the place of e^T a
-batch brings a dict: the states of a frozen teacher's tokens, and which of them stand for which of
-the student's (n_S, n_T in the longest sentence). The choices, with reasons: study/README.md.
+cdm: contextual dynamic mapping; dskd: dual-space knowledge distillation; emo. A batch brings no
+e^T but a dict of the teacher's side: the states of its tokens, and which of them belong to which of
+the student's tokens. n_S and n_T are the tokens of the longest sentence. study/README.md gives the
+choices that were made.
 """
 
 import argparse
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -23,180 +26,236 @@ from transformers.hf_argparser import HfArg
 import talas
 from cache_teacher import DTYPES
 from study import baselines
-from support import fail
+from support import fail, interruptible
 from support.data import Corpus
 from support.encoder import forward, pad, pool, tokenize
 from support.files import digest
 from support.loading import load_encoder
+from support.run import RESUME_ADVICE
 
-PIECE = 8  # rows of a piece of a batch on a CPU: a large teacher pays most for padding
-OWN = {  # the released code's, where Appendix E is silent
+PIECE = 8  # sentences of a piece of a batch on a CPU: a large teacher loses most by padding
+METHODS = {  # each with its defaults: the released code's, where Appendix E is silent
     "cdm": {"temperature": 0.07, "projection_lr_scale": 2.0},
     "dskd": {"temperature": 0.07, "projection_lr_scale": 1.0},
     "emo": {"temperature": 0.05, "projection_lr_scale": 1.0, "warmup_ratio": 0.1},
 }
-MATRICES = {"cdm": {"P": "ST"}, "emo": {"P": "TS"}}  # from and to the width of student, teacher,
-MATRICES["dskd"] = {"to_T": "ST", "to_S": "TS", "q_S": "SA", "k_T": "TA"}  # or A, the lesser
-MATRICES["dskd"] |= {"v_T": "TS", "q_T": "TA", "k_S": "SA", "v_S": "ST"}
+FIRST_SPECIAL = "\0" * 20  # what emo compares in place of special tokens: they are alike, and
+OTHER_SPECIAL = "\1" * 20  # far from any word
 
 
 @dataclass(frozen=True)
 class Settings(baselines.Common):
-    """The common ones, and the online teacher's."""
+    """The common settings and those of the online teacher."""
 
     teacher: str = HfArg(default="", help="Hub id or directory of the model that runs online")
-    corpus: str = HfArg(default="demo", help="as cache_teacher.py has it")
-    method: Literal["cdm", "dskd", "emo"] = HfArg(default="cdm", help="which")
+    corpus: str = HfArg(default="demo", help="as for cache_teacher.py")
+    method: Literal["cdm", "dskd", "emo"] = HfArg(default="cdm")
     mse: Literal["elements", "sentences"] = HfArg(default="elements", help="mean of numbers, rows")
-    teacher_dtype: Literal[tuple(DTYPES)] = HfArg(default="float32", help="of its weights")
-    teacher_pooling: Literal["auto", "cls", "mean", "last"] = HfArg(default="auto", help="its own")
+    teacher_dtype: Literal[tuple(DTYPES)] = HfArg(default="float32", help="of the weights")
+    teacher_pooling: Literal["auto", "cls", "mean", "last"] = HfArg(default="auto")
     precision: str = field(default="float32", init=False)
-    lambda1: float = field(default=1.0, init=False)  # so only what SimCSE needs is checked
-    lambda2: float = field(default=0.0, init=False)
+    projection_std: float = HfArg(default=0.0, help="of W at the start; 0: the method's own")
+    lambda1: float = field(default=1.0, init=False)  # lambda1 and 2: only what SimCSE needs is
+    lambda2: float = field(default=0.0, init=False)  # checked
 
 
-# ------------------------------------------------------------------ which token stands for which
-def edit_distances(a, b):
-    """Levenshtein's distances of two lists of str, (n_a, n_b): the cost of Appendix E's CDM.
+# ------------------------------------------------------------------ which tokens belong together
+def edit_distance(a, b):
+    """Levenshtein's distance of two str.
 
-    D[i, j] = min(D[i-1, j] + 1, D[i, j-1] + 1, D[i-1, j-1] + (1 if x_i ≠ y_j)) over letters.
+    D[i, j] = min(D[i-1, j] + 1, D[i, j-1] + 1, D[i-1, j-1] + (1 if a_i ≠ b_j)) over letters.
     """
-    found = np.zeros((len(a), len(b)), int)
-    for p, q in np.ndindex(found.shape):
-        row = list(range(len(b[q]) + 1))  # D[0], then D[1], ...
-        for i, x in enumerate(a[p], 1):
-            corner, row[0] = row[0], i
-            for j, y in enumerate(b[q], 1):
-                corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (x != y))
-        found[p, q] = row[-1]
-    return found
+    row = list(range(len(b) + 1))  # D[0]
+    for i, x in enumerate(a, 1):
+        next_row = [i]
+        for j, y in enumerate(b, 1):
+            replaced = row[j - 1] + (x != y)
+            next_row.append(min(row[j] + 1, next_row[j - 1] + 1, replaced))
+        row = next_row
+    return row[-1]
+
+
+def edit_distances(a, b):
+    """The distance of each str of one list to each of another: (n_a, n_b)."""
+    distances = np.zeros((len(a), len(b)), int)
+    for i, j in np.ndindex(distances.shape):
+        distances[i, j] = edit_distance(a[i], b[j])
+    return distances
 
 
 def warp(cost):
     """Dynamic time warping (Sakoe and Chiba, 1978): the cheapest monotonic path through a cost.
 
     D[i, j] = c[i, j] + min(D[i-1, j-1], D[i-1, j], D[i, j-1]). (n, m) -> a list of (i, j), from
-    (0, 0) to (n-1, m-1); of equally cheap steps back the diagonal one, then that in i.
+    (0, 0) to (n-1, m-1). Of equally cheap steps back: the diagonal one, then the one in i.
     """
-    D = np.pad(np.zeros(cost.shape), ((1, 0), (1, 0)), constant_values=np.inf)
-    D[0, 0] = 0  # an edge before row and column 0
-    for i, j in np.ndindex(cost.shape):
+    n, m = cost.shape
+    D = np.full((n + 1, m + 1), np.inf)  # with an edge before row and column 0
+    D[0, 0] = 0
+    for i, j in np.ndindex(n, m):
         D[i + 1, j + 1] = cost[i, j] + min(D[i, j], D[i, j + 1], D[i + 1, j])
-    path, (i, j) = [], cost.shape
-    while i:
+    path = []
+    i, j = n, m
+    while i > 0:
         path.append((i - 1, j - 1))
-        i, j = min((i - 1, j - 1), (i - 1, j), (i, j - 1), key=lambda place: D[place])
+        steps = [(i - 1, j - 1), (i - 1, j), (i, j - 1)]
+        i, j = steps[np.argmin([D[step] for step in steps])]
     return path[::-1]
 
 
-def words_of(encoder, sentence, ends):
-    """(positions, str) of a sentence's tokens: no markers, lower case; without the special ones.
+def words_of(encoder, sentence, with_special):
+    """{position: str} of a sentence's tokens, in lower case and without subword markers.
 
-    With `ends` with them, under a name for a first one and one for others, unlike any word.
+    Special tokens are left out, or take one of two strings that are unlike any word.
     """
-    row, found = encoder.tokenizer.encode(sentence), []  # cut, as tokenize() has set it
-    if all(row.special_tokens_mask):
+    encoding = encoder.tokenizer.encode(sentence)  # cut to the maximum length by tokenize()
+    if all(encoding.special_tokens_mask):
         fail(f"a tokenizer finds no word in the sentence {sentence[:60]!r}; leave it out")
-    for i, (token, special) in enumerate(zip(row.tokens, row.special_tokens_mask)):
-        if ends or not special:
-            bare = token.removeprefix("##").strip("Ġ▁").lower()
-            found.append((i, ("\1" if i else "\0") * 20 if special else bare))
-    return zip(*found)
+    words = {}
+    for i, token in enumerate(encoding.tokens):
+        if not encoding.special_tokens_mask[i]:
+            words[i] = token.removeprefix("##").strip("Ġ▁").lower()
+        elif with_special:
+            words[i] = OTHER_SPECIAL if i > 0 else FIRST_SPECIAL
+    return words
 
 
 # ---------------------------------------------------------------------------- what a batch brings
-def token_states(encoder, batch, maps):
-    """A dict: middle and last, states after layers ceil(L / 2) and L, (N, n, d); sentence; mask.
+def token_states(encoder, batch, attention_layers):
+    """A dict of what an encoder makes of a right-padded batch.
 
-    maps: indices of up to two layers whose attention is wanted, too, as map and top: the mean over
-    heads, (N, n, n). On a CPU a right-padded batch goes through in pieces of like length; what is
-    beyond them is 0.
+    middle, last: token states after layers ceil(L / 2) and L, (N, n, d); sentence: (N, d); mask:
+    (N, n); and by its name each of attention_layers, {name: index}: the attention there, mean over
+    the heads, (N, n, n). On a CPU it takes pieces of sentences of like length; the rest is 0.
     """
-    model, mask, parts = encoder.model, batch["attention_mask"], []
-    lengths, how = mask.sum(1), {"output_attentions": True} if maps else {}
+    mask = batch["attention_mask"]
+    lengths = mask.sum(1)
     order = lengths.argsort(stable=True)
-    for rows in order.split(PIECE if order.device.type == "cpu" else len(order)):
+    options = {"output_attentions": True} if attention_layers else {}
+    pieces = defaultdict(list)  # name: its part of each piece, padded to the whole batch's length
+    for rows in order.split(PIECE if mask.device.type == "cpu" else len(mask)):
         longest = int(lengths[rows].max())
+        rest = mask.shape[1] - longest
         piece = {name: t[rows, :longest] for name, t in batch.items()}
-        given = forward(model, piece, output_hidden_states=True, **how)
-        attentions, rest = getattr(given, "attentions", None) or (), (0, mask.shape[1] - longest)
-        if maps and len(attentions) < encoder.layers:
-            fail(f"--method emo needs attention maps; a {type(model).__name__} does not give them")
-        two = [given.hidden_states[i] for i in ((encoder.layers + 1) // 2, -1)]  # 0: embeddings
-        parts.append([F.pad(h.float(), (0, 0, *rest)) for h in two])
-        parts[-1] += [F.pad(attentions[i].float().mean(1), rest * 2) for i in maps]
-    whole = [torch.cat(pieces)[order.argsort()] for pieces in zip(*parts)]
-    found = dict(zip(("middle", "last", "map", "top"), whole))
-    return found | {"mask": mask, "sentence": pool(found["last"], mask, encoder.pooling)}
+        output = forward(encoder.model, piece, output_hidden_states=True, **options)
+        middle = output.hidden_states[(encoder.layers + 1) // 2]  # 0: the embeddings
+        last = output.hidden_states[-1]
+        pieces["middle"].append(F.pad(middle.float(), (0, 0, 0, rest)))
+        pieces["last"].append(F.pad(last.float(), (0, 0, 0, rest)))
+        for name, layer in attention_layers.items():
+            attention = output.attentions[layer].float().mean(1)
+            pieces[name].append(F.pad(attention, (0, rest, 0, rest)))
+    states = {"mask": mask}
+    for name, parts in pieces.items():
+        states[name] = torch.cat(parts)[order.argsort()]
+    states["sentence"] = pool(states["last"], mask, encoder.pooling)
+    return states
 
 
-def emo_targets(teacher, pairs, student_mask):
-    """What EMO takes from the teacher's last attention, (N, n_T, n_T), as a dict.
+def token_importance(attention, mask):
+    """The softmax of the attention that each token receives: (N, n, n), (N, n) -> (N, n)."""
+    received = (attention * mask[:, :, None]).sum(1)  # none from padding
+    return received.masked_fill(mask == 0, -torch.inf).softmax(-1)
 
-    importance, (N, n_T): softmax of what a token receives. mass, (N, n_S): of the tokens linked to
-    the student's, made to sum to 1. rows: N of (student's, teacher's), positions of the pairs' most
-    important third, three at least; () where there are fewer.
+
+def student_mass(importance, links, student_mask):
+    """What transport takes from each student token; a sentence's sum is 1. (N, n_S).
+
+    It is the importance (N, n_T) of the teacher's token that is linked to it, or without a link the
+    least importance in the sentence. links: (N, n_S, n_T); student_mask: (N, n_S).
     """
-    mask, links, rows = teacher["mask"], teacher["links"], []
-    received = (teacher["top"] * mask[:, :, None]).sum(1)  # nothing from padding
-    importance = received.masked_fill(mask == 0, -torch.inf).softmax(-1)
-    least = importance.masked_fill(mask == 0, torch.inf).amin(1)[:, None]  # for what has no link
+    least = importance.masked_fill(importance == 0, torch.inf).amin(1, keepdim=True)  # 0: padding
     linked = (links @ importance[:, :, None]).squeeze(-1)
-    mass = (linked + (1 - links.sum(-1)) * least) * student_mask
-    for some, weight in zip(pairs, importance.tolist()):
-        first = sorted(some, key=lambda pair: -weight[pair[1]])[: max(3, len(some) // 3)]
-        rows.append([list(side) for side in zip(*first)] if len(first) > 2 else ())
-    return {"importance": importance, "mass": mass / mass.sum(1, keepdim=True), "rows": rows}
+    mass = torch.where(links.any(-1), linked, least) * student_mask
+    return mass / mass.sum(1, keepdim=True)
+
+
+def most_important(pairs, importance):
+    """The third of a sentence's pairs whose teacher tokens are most important, at least three.
+
+    pairs: positions of (student token, teacher token), (r, 2); importance: (n_T,).
+    """
+    pairs = torch.from_numpy(pairs).long().to(importance.device)
+    order = importance[pairs[:, 1]].argsort(descending=True, stable=True)
+    return pairs[order[: max(3, len(pairs) // 3)]]
 
 
 class OnlineCorpus(Corpus):
-    """A corpus whose batches bring the online teacher's states in the place of e^T."""
+    """A corpus whose batches bring the online teacher's side in place of e^T."""
 
-    def __init__(self, cache, student, teacher, s):
-        super().__init__(cache, student)
-        self.teacher, self.s = teacher, s
+    def __init__(self, cache, encoder, teacher, s):
+        super().__init__(cache, encoder)
+        self.teacher = teacher
+        self.method = s.method
         self.teacher_tokens = tokenize(teacher, cache["sentences"])
-        made = map(self.match, cache["sentences"])
-        self.matches = [[np.array(pairs, np.int16) for pairs in both] for both in made]
+        self.links = []  # of each sentence (r, 2)
+        self.mutual = []
+        for sentence in cache["sentences"]:
+            links, mutual = self.match(sentence)
+            self.links.append(np.array(links, np.int16))
+            self.mutual.append(np.array(mutual, np.int16))
 
     def identity(self):
-        """A hash of what is learnt from, and of who learns and teaches."""
-        own = super().identity(), self.teacher.identity(), self.teacher_tokens.ids
-        return digest(*own, *self.teacher.model.state_dict().values())
+        """A hash of what is learnt from, the teacher's weights too, and of who learns."""
+        weights = self.teacher.model.state_dict().values()
+        teacher = self.teacher.identity()
+        return digest(super().identity(), teacher, self.teacher_tokens.ids, *weights)
 
     def match(self, sentence):
-        """(links, mutual), lists of (student token, teacher token): positions.
+        """(links, mutual): lists of positions (student token, teacher token) in a sentence.
 
-        links: for cdm the path; for dskd each word with each; for emo each student token with the
-        last teacher token that has it nearest. mutual, emo's: both have each other nearest.
+        links: for cdm the warping path; for dskd each word with each; for emo each student token
+        with the last teacher token to which it is the nearest. mutual, for emo alone: the pairs
+        that have each other nearest.
         """
-        method, sides = self.s.method, (self.encoder, self.teacher)
-        (s, own), (t, its) = (words_of(side, sentence, ends=method == "emo") for side in sides)
-        if method == "dskd":
-            return [(i, j) for i in s for j in t], []
-        cost = edit_distances(its, own)  # (teacher, student)
-        if method == "cdm":
-            return [(s[j], t[i]) for i, j in warp(cost)], []
-        apart = np.linspace(0, 1, len(t))[:, None] - np.linspace(0, 1, len(s))
-        cost = cost + np.abs(apart) / 2  # of equally near ones that whose place is the likest
-        near = list(enumerate(cost.argmin(1)))
-        mutual = [(s[j], t[i]) for i, j in near if cost[:, j].argmin() == i]
-        return list({s[j]: t[i] for i, j in near}.items()), mutual
+        with_special = self.method == "emo"
+        student_words = words_of(self.encoder, sentence, with_special)
+        teacher_words = words_of(self.teacher, sentence, with_special)
+        S, T = list(student_words), list(teacher_words)  # positions
+        if self.method == "dskd":
+            return list(product(S, T)), []
+        cost = edit_distances([*teacher_words.values()], [*student_words.values()])  # (n_T, n_S)
+        if self.method == "cdm":
+            return [(S[j], T[i]) for i, j in warp(cost)], []
+        student_place = np.linspace(0, 1, len(S))
+        teacher_place = np.linspace(0, 1, len(T))
+        distance = np.abs(teacher_place[:, None] - student_place)
+        cost = cost + distance / 2  # of equally similar words the one in the nearer place
+        links, mutual = {}, []
+        for i, j in enumerate(cost.argmin(1)):
+            links[S[j]] = T[i]
+            if cost[:, j].argmin() == i:
+                mutual.append((S[j], T[i]))
+        return list(links.items()), mutual
 
     @torch.no_grad()
     def batch(self, rows):
-        """Positions (N,) -> the student's tokens; a dict of the teacher's side; domains, (N,)."""
+        """Positions (N,) -> the student's tokens; a dict of the teacher's side; domains, (N,).
+
+        Beside token_states: links, (N, n_S, n_T), 1 where match has a link. For emo importance,
+        (N, n_T), mass, (N, n_S), and pairs: N of (r, 2), as in most_important.
+        """
         tokens, _, domains = super().batch(rows)
-        teacher, L_S, mask = self.teacher, self.encoder.layers, tokens["attention_mask"]
-        block = L_S * (teacher.layers // L_S) - 1  # the layer where the student's last one would be
-        maps = (block, -1) if self.s.method == "emo" else ()
-        its = token_states(teacher, pad(self.teacher_tokens, rows, teacher.model), maps)
-        sets, mutual = zip(*(self.matches[i] for i in rows))
-        links = torch.zeros(*mask.shape, its["mask"].shape[1])  # (N, n_S, n_T)
-        for link, pairs in zip(links, sets):
-            link[tuple(pairs.T.astype(int))] = 1
-        its["links"] = links.to(its["last"])
-        return tokens, its | (emo_targets(its, mutual, mask) if maps else {}), domains
+        student_mask = tokens["attention_mask"]
+        attention_layers = {}
+        if self.method == "emo":  # attention: of the layer in the place of the student's last one
+            L_S, L_T = self.encoder.layers, self.teacher.layers
+            attention_layers = {"attention": L_S * (L_T // L_S) - 1, "last_attention": -1}
+        teacher_batch = pad(self.teacher_tokens, rows, self.teacher.model)
+        teacher = token_states(self.teacher, teacher_batch, attention_layers)
+        links = torch.zeros(*student_mask.shape, teacher["mask"].shape[1])
+        for i, row in enumerate(rows):
+            student_positions, teacher_positions = self.links[row].T
+            links[i, student_positions, teacher_positions] = 1
+        teacher["links"] = links.to(student_mask.device)
+        if self.method == "emo":
+            importance = token_importance(teacher["last_attention"], teacher["mask"])
+            teacher["importance"] = importance
+            teacher["mass"] = student_mass(importance, teacher["links"], student_mask)
+            teacher["pairs"] = []
+            for i, row in enumerate(rows):
+                teacher["pairs"].append(most_important(self.mutual[row], importance[i]))
+        return tokens, teacher, domains
 
 
 # ---------------------------------------------------------------------------------- the objectives
@@ -218,64 +277,98 @@ def cka_loss(X, Y):
     CKA = ‖XᵀY‖_F / sqrt(‖XᵀX‖_F ‖YᵀY‖_F) of centred columns: the root of Kornblith et al.'s (2019).
     A scalar in [0, 1]: 0 for any two items, 1 where all items are alike.
     """
-    X, Y = X.double() - X.double().mean(0), Y.double() - Y.double().mean(0)
-    lengths = [(Z.T @ Z).norm().clamp(min=1e-12) for Z in (X, Y)]
-    return 1 - (X.T @ Y).norm() / (lengths[0] * lengths[1]).sqrt()
+    X = X.double() - X.double().mean(0)
+    Y = Y.double() - Y.double().mean(0)
+    length_X = (X.T @ X).norm().clamp(min=1e-12)
+    length_Y = (Y.T @ Y).norm().clamp(min=1e-12)
+    return 1 - (X.T @ Y).norm() / (length_X * length_Y).sqrt()
 
 
 def sinkhorn(cost, a, b, epsilon, iterations):
     """The entropic optimal transport plan of a cost, (n, m), from masses (n,) to (m,): (n, m).
 
-    diag(u) K diag(v), K = exp(-cost / ε), v = b / Kᵀu, u = a / Kv in turn (Cuturi, 2013), by
-    logarithms. There may be N of each, (N, n, m); a mass may be 0.
+    diag(u) K diag(v), K = exp(-cost / ε), where v = b / Kᵀu and u = a / Kv in turn (Cuturi, 2013).
+    There may be N of each, (N, n, m). Rows and columns of mass 0, such as padding, do not change
+    the rest, whether or not the plan has converged.
     """
-    log_K, log_u = -cost / epsilon, torch.zeros_like(a)
+    K = (-cost / epsilon).exp()
+    u = (a > 0).to(K)  # 1, and 0 without mass
     for _ in range(iterations):
-        log_v = b.log() - (log_K + log_u.unsqueeze(-1)).logsumexp(-2)
-        log_u = a.log() - (log_K + log_v.unsqueeze(-2)).logsumexp(-1)
-    return (log_u.unsqueeze(-1) + log_K + log_v.unsqueeze(-2)).exp()
+        v = b / torch.einsum("...nm,...n->...m", K, u)
+        u = a / torch.einsum("...nm,...m->...n", K, v)
+    return u.unsqueeze(-1) * K * v.unsqueeze(-2)
 
 
-def cdm_loss(W, student, teacher, s):
+def cdm_loss(projections, student, teacher, s):
     """Contextual dynamic mapping: 50 x the words' mean square + that of the sentence vectors."""
-    words, e_T = teacher["links"].any(-1), teacher["sentence"]
+    P = projections[0]
+    words = teacher["links"].any(-1)  # (N, n_S)
     aligned = teacher["links"] @ teacher["last"]  # (N, n_S, d_T): sums, as unit vectors the means
-    tokens = unit_mse(student["last"][words] @ W["P"], aligned[words], s.mse)
-    return 50 * tokens + unit_mse(student["sentence"] @ W["P"], e_T, s.mse)
+    word_loss = unit_mse(student["last"][words] @ P, aligned[words], s.mse)
+    sentence_loss = unit_mse(student["sentence"] @ P, teacher["sentence"], s.mse)
+    return 50 * word_loss + sentence_loss
 
 
-def dskd_loss(W, student, teacher, s):
+def dskd_loss(projections, student, teacher, s):
     """Dual-space distillation: sentences and words, in the teacher's space and in the student's.
 
     Words: each side's middle layer, and what attention makes of the other's.
     """
-    (S, e_S), (T, e_T) = ((x["middle"], x["sentence"]) for x in (student, teacher))
-    own = attention(S @ W["q_S"], T @ W["k_T"], teacher["mask"]) @ (T @ W["v_T"])  # (N, n_S, d_S)
-    its = attention(T @ W["q_T"], S @ W["k_S"], student["mask"]) @ (S @ W["v_S"])  # (N, n_T, d_T)
-    words, its_words = teacher["links"].any(-1), teacher["links"].any(-2)
-    pairs = [(e_S @ W["to_T"], e_T), (e_S, e_T @ W["to_S"])]
-    pairs += [(S[words], own[words]), (T[its_words], its[its_words])]
-    return sum(unit_mse(*pair, s.mse) for pair in pairs)
+    to_T, to_S, q_S, k_T, v_T, q_T, k_S, v_S = projections
+    S, T = student["middle"], teacher["middle"]
+    S_from_T = attention(S @ q_S, T @ k_T, teacher["mask"]) @ (T @ v_T)  # (N, n_S, d_S)
+    T_from_S = attention(T @ q_T, S @ k_S, student["mask"]) @ (S @ v_S)  # (N, n_T, d_T)
+    S_words = teacher["links"].any(-1)  # (N, n_S)
+    T_words = teacher["links"].any(-2)  # (N, n_T)
+    loss = unit_mse(student["sentence"] @ to_T, teacher["sentence"], s.mse)
+    loss = loss + unit_mse(student["sentence"], teacher["sentence"] @ to_S, s.mse)
+    loss = loss + unit_mse(S[S_words], S_from_T[S_words], s.mse)
+    return loss + unit_mse(T[T_words], T_from_S[T_words], s.mse)
 
 
-def emo_loss(W, student, teacher, s):
+def emo_loss(projections, student, teacher):
     """EMO: 0.05 x the sum of 1 - CKA of attention rows + half the mean cost of transport."""
-    both = zip(student["map"], teacher["map"], teacher["rows"])
-    relations = sum(cka_loss(X[rows[0]], Y[rows[1]]) for X, Y, rows in both if rows)
-    cost = 1 - attention(student["last"], teacher["last"] @ W["P"], teacher["mask"])
-    plan = sinkhorn(cost, teacher["mass"], teacher["importance"], 0.1, 100)
-    return (0.05 * relations + 0.5 * (plan * cost).sum((1, 2)).mean()).float()
+    relations = 0
+    for X, Y, pairs in zip(student["attention"], teacher["attention"], teacher["pairs"]):
+        if len(pairs) >= 3:  # CKA of fewer rows is constant
+            relations = relations + cka_loss(X[pairs[:, 0]], Y[pairs[:, 1]])
+    teacher_states = teacher["last"] @ projections[0]  # (N, n_T, d_S)
+    cost = 1 - attention(student["last"], teacher_states, teacher["mask"])  # (N, n_S, n_T)
+    plan = sinkhorn(cost, teacher["mass"], teacher["importance"], epsilon=0.1, iterations=100)
+    transport = (plan * cost).sum((1, 2)).mean()
+    return (0.05 * relations + 0.5 * transport).float()
 
 
-def new_matrices(method, student, d_T):
-    """A method's matrices in MATRICES's order, with torch's first values; dskd's are Xavier's."""
-    d_S, found = student.dimensions, []
-    widths = {"S": d_S, "T": d_T, "A": min(d_S, d_T)}
-    for start, end in MATRICES[method].values():
-        n, m = widths[start], widths[end]
-        bound = (6 / (n + m)) ** 0.5 if method == "dskd" else n**-0.5
-        found.append(torch.empty(n, m).uniform_(-bound, bound).to(student.model.device))
-    return found
+def new_projections(s, encoder, d_T):
+    """A method's matrices in the order in which its loss takes them, on the encoder's device.
+
+    They start as a linear layer of torch, those of dskd as Xavier's, or with s.projection_std.
+    """
+    d_S = encoder.dimensions
+    d_A = min(d_S, d_T)  # of queries and keys
+    if s.method == "cdm":
+        shapes = [(d_S, d_T)]
+    elif s.method == "emo":
+        shapes = [(d_T, d_S)]
+    else:
+        shapes = [
+            (d_S, d_T),  # to_T
+            (d_T, d_S),  # to_S
+            (d_S, d_A),  # q_S
+            (d_T, d_A),  # k_T
+            (d_T, d_S),  # v_T
+            (d_T, d_A),  # q_T
+            (d_S, d_A),  # k_S
+            (d_S, d_T),  # v_S
+        ]
+    projections = []
+    for n, m in shapes:
+        bound = (6 / (n + m)) ** 0.5 if s.method == "dskd" else n**-0.5
+        projections.append(torch.empty(n, m).uniform_(-bound, bound))
+    if s.projection_std:
+        for W in projections:
+            W.normal_(std=s.projection_std)
+    return [W.to(encoder.model.device) for W in projections]
 
 
 class Online(talas.Objective):
@@ -283,47 +376,61 @@ class Online(talas.Objective):
 
     def forward(self, tokens, teacher, domains=None):
         """(loss, {its terms}); tokens as in talas.embed, teacher as in OnlineCorpus.batch."""
-        s, N = self.s, len(tokens["input_ids"])
-        twice = {name: t.repeat(2, 1) for name, t in tokens.items()}  # (2N, n_S)
-        both = token_states(self.encoder, twice, (-1,) if s.method == "emo" else ())
-        z, z_prime = both["sentence"].split(N)
-        first = {name: x[:N] for name, x in both.items()} | {"sentence": z}  # the first view
+        s = self.s
+        two_views = {name: t.repeat(2, 1) for name, t in tokens.items()}  # (2 N, n_S)
+        attention_layers = {"attention": -1} if s.method == "emo" else {}
+        states = token_states(self.encoder, two_views, attention_layers)
+        z, z_prime = states["sentence"].chunk(2)
         simcse = talas.simcse_loss(z, z_prime, s.temperature)
-        method = {"cdm": cdm_loss, "dskd": dskd_loss, "emo": emo_loss}[s.method]
-        own = method(dict(zip(MATRICES[s.method], self.projections)), first, teacher, s)
-        loss = (1.0 if s.method == "dskd" else 0.5) * simcse + own
-        return loss, {"simcse": simcse, "distillation": own, "loss": loss}
+        student = {name: x[: len(z)] for name, x in states.items()}  # the first view
+        student["sentence"] = z
+        if s.method == "cdm":
+            distillation = cdm_loss(self.projections, student, teacher, s)
+        elif s.method == "dskd":
+            distillation = dskd_loss(self.projections, student, teacher, s)
+        else:
+            distillation = emo_loss(self.projections, student, teacher)
+        simcse_weight = 1.0 if s.method == "dskd" else 0.5
+        loss = simcse_weight * simcse + distillation
+        return loss, {"simcse": simcse, "distillation": distillation, "loss": loss}
 
 
 # ------------------------------------------------------------------------------------ command line
 def parse_settings(argv):
     """Settings from the command line; the defaults are the method's own."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method", nargs="?", default=Settings.method)
-    method = first.parse_known_args(argv)[0].method
-    return talas.parse_settings(argv, Settings, **OWN.get(method, {}))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", nargs="?", default=Settings.method)
+    args, _ = parser.parse_known_args(argv)
+    return talas.parse_settings(argv, Settings, **METHODS.get(args.method, {}))
 
 
 def prepare(s, cache):
-    """(OnlineCorpus, Online) of a cache's sentences; the teacher is on the student's device."""
+    """(corpus, objective) for a cache's sentences; the teacher is on the student's device."""
     if not s.teacher:
         fail("--teacher is missing: the Hub id or the folder of a model, which runs in every step")
-    student = talas.load_student(s, cache["sentences"])
-    how = s.teacher_pooling, s.max_length, DTYPES[s.teacher_dtype], student.model.device
-    teacher = load_encoder(s.teacher, *how)
+    encoder = talas.load_student(s, cache["sentences"])
+    dtype = DTYPES[s.teacher_dtype]
+    device = encoder.model.device
+    teacher = load_encoder(s.teacher, s.teacher_pooling, s.max_length, dtype, device)
     cache["teacher"] = s.teacher
-    for encoder in (student, teacher) if s.method == "emo" else ():
-        encoder.model.set_attn_implementation("eager")  # the fused kernels give no maps
-    objective = Online(student, new_matrices(s.method, student, teacher.dimensions), s)
-    corpus = OnlineCorpus(cache, student, teacher, s)
-    with torch.no_grad():  # what can't be done is said before hours of it
-        objective(*corpus.batch(torch.arange(len(corpus))[:2])[:2])
-    return corpus, objective
+    if s.method == "emo":  # the fused kernels give no attention maps
+        encoder.model.set_attn_implementation("eager")
+        teacher.model.set_attn_implementation("eager")
+    projections = new_projections(s, encoder, teacher.dimensions)
+    return OnlineCorpus(cache, encoder, teacher, s), Online(encoder, projections, s)
+
+
+def run(s, keep_epochs=None):
+    """Train with the settings s; keep_epochs: as in talas.train."""
+    with interruptible(RESUME_ADVICE):
+        cache = baselines.start(s, s.corpus)
+        corpus, objective = prepare(s, cache)
+        baselines.train_and_save(s, cache, corpus, objective, keep_epochs)
 
 
 def main(argv=None):
-    """The command line: as that of talas.py, with a corpus and a teacher that runs online."""
-    baselines.run(parse_settings(argv), prepare)
+    """The command line: that of talas.py, with a corpus and a teacher that runs online."""
+    run(parse_settings(argv))
 
 
 if __name__ == "__main__":
