@@ -1,169 +1,311 @@
-"""The other methods of Table 1: each loss against plain loops, each run against talas.py's ways."""
+"""The methods with a cached teacher: each loss as its paper prints it, in loops; whole runs."""
 
+import math
 from collections import Counter
+from dataclasses import asdict
 from itertools import combinations, permutations
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import before_each_step, cosines, in_two_processes, metrics, rows, small_bert
+from helpers import before_each_step, in_two_processes, metrics, random_rows, small_bert
+from torch.testing import assert_close
 
 import talas
 from study import baselines
-from support.data import Corpus
-from support.loading import load_encoder
 
-E, T, W = rows(6, 5, seed=1), rows(6, 5, seed=2), rows(6, 9, seed=3)
-s_E, s_T = cosines(E, E), cosines(T, T)
+E = random_rows(6, 5, seed=1)  # the student's embeddings of six sentences
+T = random_rows(6, 9, seed=2)  # the teacher's
+PROJECTED = random_rows(6, 9, seed=3)  # the student's, times W
 
 
-def test_distill_and_similarity_losses_by_their_formulas():
-    close = torch.testing.assert_close
-    close(baselines.distill_loss(E, T, "cosine"), (1 - cosines(E, T).diag()).sum() / 6)
-    close(baselines.distill_loss(E, T, "mse"), ((E - T) ** 2).sum() / 6 / 5)
-    own = baselines.similarity_loss(E, W)  # the two may differ in width
-    close(own, ((s_E - cosines(W, W)) ** 2).sum() / 6**2)
+def cosine(a, b):
+    """Of two vectors."""
+    return a @ b / (a.norm() * b.norm())
+
+
+# ------------------------------------------------------------------------- distill, Jasper & Stella
+def test_distill_loss_is_a_mean_over_sentences_or_numbers():
+    distances = [1 - cosine(PROJECTED[i], T[i]) for i in range(6)]
+    assert_close(baselines.distill_loss(PROJECTED, T, "cosine"), sum(distances) / 6)
+    squares = (PROJECTED - T) ** 2
+    assert_close(baselines.distill_loss(PROJECTED, T, "mse"), squares.sum() / (6 * 9))
+
+
+def test_similarity_loss_compares_every_pair():
+    total = 0.0
+    for i in range(6):
+        for j in range(6):
+            total += (cosine(E[i], E[j]) - cosine(T[i], T[j])) ** 2
+    assert_close(baselines.similarity_loss(E, T), total / 36)
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.5])
 def test_relative_similarity_loss_wants_the_teachers_order(margin):
     hinges = []
-    for ij, mn in permutations(combinations(range(6), 2), 2):
-        if s_T[ij] > s_T[mn]:
-            hinges.append(max(0.0, (s_E[mn] - s_E[ij]).item() + margin))
-    found = baselines.relative_similarity_loss(E, T, margin).item()
-    assert found == pytest.approx(sum(hinges) / len(hinges))
-    assert baselines.relative_similarity_loss(E, torch.ones(6, 5), 0.5) == 0  # none is ordered
+    for (i, j), (m, n) in permutations(combinations(range(6), 2), 2):
+        if cosine(T[i], T[j]) > cosine(T[m], T[n]):
+            hinge = cosine(E[m], E[n]) - cosine(E[i], E[j]) + margin
+            hinges.append(hinge.clamp(min=0))
+    loss = baselines.relative_similarity_loss(E, T, margin)
+    assert_close(loss, sum(hinges) / len(hinges))
+    assert baselines.relative_similarity_loss(E, torch.ones(6, 9), margin) == 0  # no order
 
 
-def test_group_p_shuffle_deals_out_anew_within_each_group():
-    row = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()  # of which the softmax is 0.1, 0.5, ...
-    torch.manual_seed(0)  # downwards the sums are 0.5, 0.75, 0.9, 1: at p = 0.7 one, and three
-    for p, free in ((0.7, [0, 2, 3]), (1.0, [0, 1, 2, 3]), (0.001, [])):
-        wanted = set()
-        for dealt in permutations(free):
-            new = row.clone()
-            new[free] = row[list(dealt)]
-            wanted.add(tuple(new.tolist()))
-        dealt = baselines.group_p_shuffle(row.expand(2000, 4), p)
-        drawn = Counter(tuple(x) for x in dealt.tolist())
-        assert drawn.keys() == wanted and min(drawn.values()) > 2000 / len(wanted) / 2
+# -------------------------------------------------------------------------------------- DistillCSE
+@pytest.mark.parametrize(
+    "p, group",
+    [
+        pytest.param(0.7, [0, 2, 3], id="0.5 alone; 0.75, 0.9 and 1 together"),
+        pytest.param(1.0, [0, 1, 2, 3], id="all together"),
+        pytest.param(0.001, [], id="each alone"),
+    ],
+)
+def test_group_p_shuffle_permutes_each_group(p, group):
+    row = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()  # softmax downwards, summed: 0.5, 0.75, 0.9, 1
+    expected = set()
+    for permuted in permutations(group):
+        new_row = row.clone()
+        new_row[group] = row[list(permuted)]
+        expected.add(tuple(new_row.tolist()))
+    torch.manual_seed(0)
+    shuffled = baselines.group_p_shuffle(row.expand(2000, 4), p)
+    counts = Counter(tuple(new_row) for new_row in shuffled.tolist())
+    assert counts.keys() == expected
+    assert min(counts.values()) > 2000 / len(expected) / 2
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_distribution_loss_is_a_cross_entropy_without_the_sentence_itself(turned, monkeypatch):
-    """Shuffled, with the others' places turned round in place of dealt out."""
-    monkeypatch.setattr(baselines, "group_p_shuffle", lambda cosines, p: cosines.flip(-1))
+def test_distribution_loss_is_a_cross_entropy_over_the_other_sentences():
     total = 0.0
     for i in range(6):
         others = [j for j in range(6) if j != i]
-        student = (s_E[i, others] / 0.3).log_softmax(0)
-        total -= (s_T[i, others[:: -1 if turned else 1]] / 0.2).softmax(0) @ student
+        student = torch.stack([cosine(E[i], E[j]) for j in others])
+        teacher = torch.stack([cosine(T[i], T[j]) for j in others])
+        total -= (teacher / 0.2).softmax(0) @ (student / 0.3).log_softmax(0)
     s = baselines.Settings(student_temperature=0.3, teacher_temperature=0.2)
-    torch.testing.assert_close(baselines.distribution_loss(E, T, s, shuffled=turned), total / 6)
+    assert_close(baselines.distribution_loss(E, T, s, shuffled=False), total / 6)
 
 
-DEFAULTS = "--student x --epochs 5 --optimizer adamw --distance cosine --cosine_weight 10"
-DEFAULTS += " --similarity_weight 200 --relative_weight 20 --margin 0.015 --projection_epochs 2"
-DEFAULTS += " --temperature 0.05 --student_temperature 0.025 --teacher_temperature 0.0125"
-OTHERS = " --temperature 0.3 --student_temperature 0.2 --teacher_temperature 0.1 --margin 0.3"
-OTHERS += " --cosine_weight 2 --similarity_weight 3 --relative_weight 5 --group_p 0.5"
+# --------------------------------------------------------------------------------------------- RKD
+def test_rkd_by_hand():
+    student = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]])  # sides 3, 4, 5: mean 4
+    teacher = torch.tensor([[0.0, 0.0], [2.0, 0.0], [1.0, math.sqrt(3)]])  # equal sides
+    # Huber is d² / 2; each side and each angle counts twice, among 9 and 27 entries
+    distances = (3 / 4 - 1) ** 2 + (4 / 4 - 1) ** 2 + (5 / 4 - 1) ** 2
+    angles = (0 - 1 / 2) ** 2 + (3 / 5 - 1 / 2) ** 2 + (4 / 5 - 1 / 2) ** 2
+    loss = baselines.rkd_loss(student, teacher, baselines.Settings())
+    assert loss.item() == pytest.approx(distances / 9 + 2 * angles / 27)
+
+
+def huber(difference):
+    """Of two numbers' difference."""
+    d = abs(difference)
+    return d**2 / 2 if d < 1 else d - 1 / 2
+
+
+def test_rkd_over_all_pairs_and_triples():
+    teacher = T**5  # far apart: some differences are above 1
+    D_E = torch.cdist(E, E)
+    D_T = torch.cdist(teacher, teacher)
+    distances = 0.0
+    for i, j in permutations(range(6), 2):
+        distances += huber(D_E[i, j] / (D_E.sum() / 30) - D_T[i, j] / (D_T.sum() / 30))
+    angles = 0.0
+    for i, j, k in permutations(range(6), 3):
+        student_angle = cosine(E[i] - E[j], E[k] - E[j])
+        angles += huber(student_angle - cosine(teacher[i] - teacher[j], teacher[k] - teacher[j]))
+    s = baselines.Settings(distance_weight=3.0, angle_weight=5.0)
+    loss = baselines.rkd_loss(E, teacher, s)
+    assert_close(loss, 3 * distances / 6**2 + 5 * angles / 6**3)
+
+
+def test_rkd_has_a_gradient_where_two_sentences_are_the_same():
+    e = torch.tensor([[1.0, 2.0], [1.0, 2.0], [0.0, 3.0]], requires_grad=True)
+    baselines.rkd_loss(e, T[:3].float(), baselines.Settings()).backward()
+    assert e.grad.isfinite().all()
+
+
+# ----------------------------------------------------------------------- what the settings reach
+@pytest.fixture
+def prepare(here):
+    """(objective, its batch of 7 sentences) for some flags."""
+
+    def prepare(flags):
+        argv = f"--student bert --device cpu {flags}".split()
+        s = talas.parse_settings(argv, baselines.Settings)
+        torch.manual_seed(0)
+        corpus, objective = baselines.prepare(s, torch.load("teacher.pt"))
+        tokens, teacher, _ = corpus.batch(torch.arange(7))
+        return objective, tokens, teacher
+
+    return prepare
+
+
+def last_layer(objective, tokens):
+    """The [CLS] states, without dropout."""
+    return objective.eval().model(**tokens).last_hidden_state[:, 0]
+
+
+@pytest.mark.parametrize("distance", ["cosine", "mse"])
+def test_distill(prepare, distance):
+    objective, tokens, teacher = prepare(f"--method distill --distance {distance}")
+    projected = last_layer(objective, tokens) @ objective.projections[0]
+    loss, terms = objective(tokens, teacher)
+    assert_close(loss, baselines.distill_loss(projected, teacher, distance))
+    assert terms == {"distillation": loss, "loss": loss}
+
+
+def test_stella(prepare):
+    weights = "--cosine_weight 2 --similarity_weight 3 --relative_weight 5 --margin 0.3"
+    objective, tokens, teacher = prepare(f"--method stella --distance mse {weights}")
+    projected = last_layer(objective, tokens) @ objective.projections[0]
+    expected = 2 * baselines.distill_loss(projected, teacher, "cosine")  # whatever the distance
+    expected += 3 * baselines.similarity_loss(projected, teacher)
+    expected += 5 * baselines.relative_similarity_loss(projected, teacher, 0.3)
+    assert_close(objective(tokens, teacher)[0], expected)
+
+
+def test_distillcse(prepare):
+    temperatures = "--temperature 0.3 --student_temperature 0.2 --teacher_temperature 0.1"
+    objective, tokens, teacher = prepare(f"--method distillcse {temperatures}")
+    z = last_layer(objective, tokens)
+    loss, terms = objective(tokens, teacher)
+    distillation = baselines.distribution_loss(z, teacher, objective.s, shuffled=False)
+    assert_close(terms["simcse"], talas.simcse_loss(z, z, 0.3), rtol=1e-4, atol=0)
+    assert_close(terms["distillation"], distillation, rtol=1e-4, atol=0)
+    assert_close(loss, terms["simcse"] + terms["distillation"])
+    assert len(objective.projections) == 0
 
 
 @pytest.mark.parametrize(
-    "method", ["distill", "distill --distance mse", "stella --distance mse", "distillcse"]
+    "training, group_p, losses", [(True, 0.5, 5), (True, 0, 1), (False, 0.5, 1)]
 )
-def test_each_method_reads_the_last_layer(bert, cache, method):
-    s = talas.parse_settings([*f"--method {method} {OTHERS}".split()], baselines.Settings)
-    student, cse, simcse = load_encoder(str(bert)), method == "distillcse", 0
-    objective = baselines.Baseline(student, talas.new_projections(s, student, 8), s).eval()
-    tokens, teacher, _ = Corpus(torch.load(cache), student).batch(torch.arange(7))
-    loss, terms = objective(tokens, teacher)
-    states = objective.model(**tokens).last_hidden_state[:, 0]
-    assert len(objective.projections) == (not cse) and ("simcse" in terms) is cse
-    if cse:
-        expected = baselines.distribution_loss(states, teacher, s, shuffled=False)
-        simcse = talas.simcse_loss(states, states, 0.3).item()
-        assert terms["simcse"].item() == pytest.approx(simcse, rel=1e-4)
-        for module in objective.model.modules():  # without dropout the shuffling alone is random
-            module.p = 0.0 if isinstance(module, torch.nn.Dropout) else None
-        assert objective(tokens, teacher)[0] == loss  # for λ_max
-        objective.train()
-        assert len({objective(tokens, teacher)[0].item() for _ in range(5)}) > 1
-    else:
-        e = states @ objective.projections[0]
-        distance = "mse" if method == "distill --distance mse" else "cosine"
-        expected = baselines.distill_loss(e, teacher, distance)
-        if "stella" in method:  # which has no choice of the distance
-            expected = 2 * expected + 3 * baselines.similarity_loss(e, teacher)
-            expected += 5 * baselines.relative_similarity_loss(e, teacher, 0.3)
-    assert terms["distillation"].item() == pytest.approx(expected.item(), rel=1e-4)
-    assert loss.item() == terms["loss"].item() == pytest.approx(expected.item() + simcse, rel=1e-4)
-    assert talas.parse_settings(DEFAULTS.split(), baselines.Settings) == baselines.Settings(
-        student="x", group_p=0.1
-    )
+def test_distillcse_shuffles_in_training(prepare, training, group_p, losses):
+    objective, tokens, teacher = prepare(f"--method distillcse --group_p {group_p}")
+    for module in objective.modules():
+        module.p = 0.0  # no dropout
+    objective.train(training)
+    assert len({objective(tokens, teacher)[0].item() for _ in range(5)}) == losses
 
 
-# ------------------------------------------------------------------------------------ whole runs
+def test_rkd(prepare):
+    objective, tokens, teacher = prepare("--method rkd --distance_weight 3 --angle_weight 5")
+    expected = baselines.rkd_loss(last_layer(objective, tokens), teacher, objective.s)
+    assert_close(objective(tokens, teacher)[0], expected)
+    assert len(objective.projections) == 0
+
+
+@pytest.mark.parametrize(
+    "settings, kind, count",
+    [(baselines.Settings, baselines.Baseline, 1), (baselines.WithStart, talas.Objective, 2)],
+    ids=["distill", "TALAS"],
+)
+def test_projection_std_scales_the_first_w(here, settings, kind, count):
+    projections = {}
+    for std in (1e-3, 0.5):
+        s = settings(student="bert", device="cpu", projection_std=std)
+        torch.manual_seed(0)
+        _, objective = baselines.prepare(s, torch.load("teacher.pt"), kind)
+        projections[std] = torch.stack(list(objective.projections))
+    assert projections[0.5].shape == (count, 32, 8)
+    assert projections[0.5].std().item() == pytest.approx(0.5, rel=0.1)
+    assert_close(projections[0.5], 500 * projections[1e-3])
+
+
+def test_defaults():
+    expected = {
+        "method": "distill",
+        "optimizer": "adamw",
+        "epochs": 5,
+        "distance": "cosine",
+        "cosine_weight": 10,
+        "similarity_weight": 200,
+        "relative_weight": 20,
+        "margin": 0.015,
+        "projection_epochs": 2,
+        "temperature": 0.05,
+        "student_temperature": 0.025,
+        "teacher_temperature": 0.0125,
+        "group_p": 0.1,
+        "distance_weight": 1,
+        "angle_weight": 2,
+        "projection_std": 1e-3,
+    }
+    s = talas.parse_settings(["--student", "x"], baselines.Settings)
+    assert expected.items() <= asdict(s).items()
+
+
+# -------------------------------------------------------------------------------------- whole runs
 @pytest.fixture
 def flags(here):
-    given = "--student bert --teacher teacher.pt --output out --device cpu --epochs 2"
-    return [*given.split(), "--batch_size", "16", "--lr", "1e-3", "--method", "stella"]
+    """Three steps an epoch, two epochs."""
+    flags = "--student bert --teacher teacher.pt --output out --device cpu --epochs 2"
+    return f"{flags} --batch_size 16 --lr 1e-3 --method".split()
 
 
-def weights(folder):
-    projections = torch.load(f"{folder}/projections.pt", weights_only=True)
-    return Path(folder, "model.safetensors").read_bytes(), [W.tolist() for W in projections]
+def saved_weights():
+    """Of the student, and the projections."""
+    projections = [W.tolist() for W in torch.load("out/projections.pt")]
+    return Path("out/model.safetensors").read_bytes(), projections
 
 
-def test_stella_trains_the_projection_alone_then_all_and_goes_on(flags, monkeypatch, capsys):
-    """One epoch of three steps alone, two epochs with the student."""
+def interrupt(flags, step, monkeypatch):
+    """Interrupt a run before a step; a weight of the student, and W, before each step."""
     seen = []
 
-    def stopped(*more, at, saying):
-        def stop(number, objective):
-            query = objective.model.encoder.layer[0].attention.self.query.weight
-            seen.append([x.detach().clone() for x in (query, *objective.projections)])
-            if number == at:
-                raise KeyboardInterrupt
+    def watch(number, objective):
+        query = objective.model.encoder.layer[0].attention.self.query.weight
+        seen.append((query.detach().clone(), objective.projections[0].detach().clone()))
+        if number == step:
+            raise KeyboardInterrupt
 
-        seen.clear()
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            before_each_step(stop, patch)
-            baselines.main([*flags, "--projection_epochs", "1", *more])
-        assert saying in capsys.readouterr().err
-
-    stopped(at=2, saying="begins again")
-    assert not Path("out").exists()  # nothing to resume
-    stopped(at=3 + 5, saying="--resume")  # in stage two
-    query = [x for x, _ in seen]
-    assert all(torch.equal(x, query[0]) for x in query[:4]) and not torch.equal(*query[3:5])
-    assert seen[3][1].std() > 3e-3  # W: from 1e-3
-    baselines.main([*flags, "--projection_epochs", "1", "--resume"])
-    resumed, (lines, _) = weights("out"), metrics("out")
-    names = {"step", "epoch", "distillation", "loss", "lr", "ms_per_step", "memory_mb"}
-    assert lines[0].keys() == names and lines[-1]["step"] == 6
-    baselines.main([*flags, "--projection_epochs", "1", "--overwrite"])
-    assert weights("out") == resumed
-    stopped("--overwrite", at=3 + 5, saying="--resume")
-    stopped("--overwrite", at=2, saying="begins again")  # no checkpoint of the run before is left
-    stopped("--resume", at=1, saying="no checkpoint")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        before_each_step(watch, patch)
+        baselines.main(flags)
+    return seen
 
 
-def test_two_processes_asam_and_a_student_of_one_layer(flags):
-    assert in_two_processes(lambda: baselines.main(flags)) == [0, 0]
-    assert len(weights("out")[1]) == 1
+def test_stella_trains_w_alone_and_then_both(flags, monkeypatch):
+    seen = interrupt([*flags, "stella", "--projection_epochs", "1"], 5, monkeypatch)
+    queries, projections = zip(*seen)
+    assert torch.equal(queries[3], queries[0])  # the first stage has three steps
+    assert not torch.equal(queries[4], queries[3])
+    assert projections[3].std() > 3 * projections[0].std()
+
+
+def test_stella_resumes_the_second_stage_alone(flags, monkeypatch, capsys):
+    flags = [*flags, "stella", "--projection_epochs", "1"]
+    interrupt(flags, 2, monkeypatch)
+    assert "starts again" in capsys.readouterr().err
+    interrupt(flags, 3 + 5, monkeypatch)  # in the second epoch of the second stage
+    baselines.main([*flags, "--resume"])
+    resumed = saved_weights()
+    baselines.main([*flags, "--overwrite"])
+    assert saved_weights() == resumed
+    assert metrics("out")[0][-1]["step"] == 6
+
+
+def test_two_processes(flags):
+    assert in_two_processes(lambda: baselines.main([*flags, "stella"])) == [0, 0]
+    assert len(saved_weights()[1]) == 1
+
+
+def test_distillcse_by_asam_with_a_student_of_one_layer(flags):
     small_bert("one", num_hidden_layers=1)
-    more = "--overwrite --student one --method distillcse --optimizer asam --rho 0.5"
-    baselines.main([*flags, *more.split()])
-    assert metrics("out")[0][0]["sharpness_gap"] > 0 and weights("out")[1] == []
+    baselines.main([*flags, "distillcse", "--student", "one", "--optimizer", "asam"])
+    assert metrics("out")[0][0].keys() > {"simcse", "distillation", "loss", "sharpness_gap"}
+    assert saved_weights()[1] == []
 
 
-WRONG = ["--method emo", "--lambda3 1", "--optimizer disam", "--margin -1", "--batch_size 2"]
-
-
-@pytest.mark.parametrize("wrong", [*WRONG, "--teacher nowhere.pt", "--teacher_temperature 0"])
-def test_a_mistake_is_one_line(flags, wrong, ends_with_one_line):
-    flag, value = wrong.split()
-    words = [value] if flag == "--teacher" else [flag]
-    ends_with_one_line(lambda: baselines.main([*flags, flag, value]), *words)
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("--method", "emo"),
+        ("--lambda3", "1"),
+        ("--optimizer", "disam"),
+        ("--margin", "-1"),
+        ("--teacher_temperature", "0"),
+    ],
+)
+def test_a_mistake_is_one_line(flags, flag, value, ends_with_one_line):
+    ends_with_one_line(lambda: baselines.main([*flags, "distill", flag, value]), flag)
