@@ -1,16 +1,15 @@
 """Tables and plots of results.json; no figure in a table of the study is typed by hand.
 
     python study/report.py                             # fills the tables in study/README.md
-    python study/report.py README.md --latex tables.tex --plots study       # needs matplotlib
+    python study/report.py study/README.md README.md --plots study       # needs matplotlib
 
-A file to be filled has <!-- table:NAME --> ... <!-- end -->, which becomes that table: gains,
-methods, geometry; bench-student-cls-cpu, cost-student-cls-cpu; of a pair scores-B (every row),
-main-B (those of the paper's Tables 1 and 2), summary-B, sharpness-B. Of several seeds: mean ±
-standard deviation (of a sample, n - 1).
+In a file, what is between <!-- table:NAME --> and <!-- end --> becomes that table: gains, methods,
+start, rates, geometry; bench-student-cls-cpu, cost-student-cls-cpu; of a pair, such as B: scores-B
+(every row), main-B (rows of the paper's Tables 1 and 2), summary-B, sharpness-B. Several seeds are
+shown as mean ± standard deviation (of a sample, n - 1), what was not run as –.
 """
 
 import math
-import re
 import statistics
 import sys
 from pathlib import Path
@@ -20,177 +19,228 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from scipy.stats import t
 
 from study import plots, results
-from study.results import AVERAGES, CLAIMS, NAMES, ROWS, scores
+from study.results import (
+    AVERAGES,
+    BENCH,
+    CLAIMS,
+    NAMES,
+    RATES,
+    ROWS,
+    START,
+    TABLE3,
+    gains,
+    scores,
+)
 from support import attempt, fail
+from support.files import read_json
 
-IN_SHORT = ("before", "distill", "stella", "distillcse", "STL", "STLA")  # a summary's rows
-MAIN = [row for row in ROWS if not re.match("STLA?-", row)]  # all but variants
-SIGNS = {sign: f"\\{sign}" for sign in "_%&#${}"} | {sign: f"${sign}$" for sign in "<>"}
-SIGNS |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-SIGNS |= {"–": "--", "−": "$-$", "±": r"$\pm$", "≤": r"$\le$", "≥": r"$\ge$"}
-SIGNS |= {"λ": r"$\lambda$", "ρ": r"$\rho$", "τ": r"$\tau$", "η": r"$\eta$"}
+EPOCHS = ["1", "2", "3", "4", "5"]
+SUMMARY = ("before", "distill", "stella", "distillcse", "STL", "STLA")
+MAIN = [row for row in ROWS if ROWS[row]["main"]]
 
 
-def mean_sd(values, sign=""):
-    """Numbers as "mean ± standard deviation", of one number alone "mean"; of none "–"."""
-    text = f"{statistics.fmean(values):{sign}.2f}" if values else "–"
-    return f"{text} ± {statistics.stdev(values):.2f}" if len(values) > 1 else text
+# ----------------------------------------------------------------------------------- several seeds
+def mean_sd(values):
+    """Numbers as "mean ± standard deviation"; one number alone; – for none."""
+    if not values:
+        return "–"
+    text = f"{statistics.fmean(values):.2f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.2f}"
+    return text
 
 
-def gains(runs, row, without):
-    """What a row's Avg is above another's, with each seed that both have; an untrained has one."""
-    a, b = (scores(runs.get(one, [])) for one in (row, without))
-    b = dict.fromkeys(a, *b.values()) if b and without in results.UNTRAINED else b
-    return [a[seed] - b[seed] for seed in a if seed in b]
+def mean_interval(values):
+    """Numbers as "mean [low, high]", a 95 % t interval; one number alone; – for none."""
+    if not values:
+        return "–"
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:+.2f}"
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    half = t.ppf(0.975, len(values) - 1) * error
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
 
 
-def chance(runs, task):
-    """[How far two runs differ by their seeds alone, at most, 19 times of 20]; pooled over rows."""
-    found = [[*scores(some, task).values()] for some in runs.values()]
-    found = [some for some in found if len(some) > 1]
-    free = sum(len(some) - 1 for some in found)
-    squares = sum(statistics.variance(some) * (len(some) - 1) for some in found)
-    return [t.ppf(0.975, free) * math.sqrt(2 * squares / free)] if free else []
+def tasks_up(runs, row, without):
+    """On how many tasks the mean gain is positive, such as 6/9; – if there is no gain."""
+    if not gains(runs, row, without):
+        return "–"
+    tasks = [task for task in runs[row][0]["scores"] if task not in AVERAGES]
+    up = [task for task in tasks if statistics.fmean(gains(runs, row, without, task)) > 0]
+    return f"{len(up)}/{len(tasks)}"
 
 
-def score_table(runs, rows, tasks=None, names="row"):
-    """Tasks (the mean) and averages of these rows, all and what chance may do, or some of them."""
-    rows, table = [row for row in rows if row in runs], []
-    every = tasks or (rows and list(runs[rows[0]][0]["scores"]))
+# ---------------------------------------------------------- tables: lists of rows, a header first
+def score_table(runs, rows, tasks, label="row"):
+    """Scores of rows: the mean over the seeds; for averages the standard deviation, too."""
+    table = [[""] + [NAMES[task] for task in tasks]]
     for row in rows:
-        texts = {task: mean_sd([*scores(runs[row], task).values()]) for task in every}
-        brief = [text if task in AVERAGES else text.split(" ±")[0] for task, text in texts.items()]
-        table.append([ROWS[row][names], *brief])
-    bounds = [] if tasks else [chance(runs, task) for task in every]
-    table += [["chance", *map(mean_sd, bounds)]] if any(bounds) else []
-    return ["", *(NAMES.get(task, task) for task in every)], table
+        if row not in runs:
+            continue
+        cells = [ROWS[row][label]]
+        for task in tasks:
+            values = list(scores(runs[row], task).values())
+            if task not in AVERAGES:
+                values = [statistics.fmean(values)]
+            cells.append(mean_sd(values))
+        table.append(cells)
+    return table
 
 
-def gain_table(runs, over):
-    """Gains in Avg: of TALAS over other methods, or of its parts; the paper's, others', the pairs'.
+def gain_table(by_pair, claims, columns):
+    """Gains in Avg on each pair; before them columns of claims.csv, {name: title}."""
+    header = ["gain in Avg"] + list(columns.values())
+    for pair in by_pair:
+        header += [f"pair {pair}", "tasks up"]
+    table = [header]
+    for claim in claims:
+        row = claim["row"]
+        without = claim["without"]
+        measured = []
+        for runs in by_pair.values():
+            measured.append(mean_interval(gains(runs, row, without)))
+            measured.append(tasks_up(runs, row, without))
+        if set(measured) != {"–"}:
+            title = f"{claim['claim']}: {row} − {without}"
+            table.append([title] + [claim[column] for column in columns] + measured)
+    return table
 
-    Others' are reruns on the paper's pairs (study/README.md).
-    """
-    rows, given = [], ["paper", "others"] if over else ["paper"]
-    for claim, about in CLAIMS.items():
-        row, without = about["row"], about["without"]
-        worth = [mean_sd(gains(own, row, without), "+") for own in runs.values()]
-        if claim.startswith("TALAS over") == over and any(text != "–" for text in worth):
-            rows.append([f"{claim}: {row} − {without}", *(about[x] for x in given), *worth])
-    names = ["the paper's pairs", "the same, by others"][: len(given)]
-    return ["gain in Avg", *names, *(f"pair {pair}" for pair in runs)], rows
+
+def settings_table(runs, layout):
+    """Avg of the rows that start.csv or rates.csv names, in the places where it names them."""
+    columns = list(next(iter(layout.values())))[1:]
+    table = [["Avg"] + columns]
+    for method, row_of in layout.items():
+        entries = [runs.get(row_of[column], []) for column in columns]
+        table.append([method] + [mean_sd(list(scores(cell).values())) for cell in entries])
+    return table
 
 
 def sharpness_table(runs):
     """The paper's Table 4: λ_max after each epoch."""
-    found = {row: [e.get("lambda_max", {}) for e in some] for row, some in runs.items()}
-    found = {row: curves for row, curves in found.items() if any(curves)}
-    epochs = sorted({epoch for curves in found.values() for c in curves for epoch in c}, key=int)
-    at = {row: [[c[e] for c in curves if e in c] for e in epochs] for row, curves in found.items()}
-    return ["after epoch", *epochs], [[row, *map(mean_sd, values)] for row, values in at.items()]
+    table = [["after epoch"] + EPOCHS]
+    for row, entries in runs.items():
+        curves = [entry["lambda_max"] for entry in entries if entry.get("lambda_max")]
+        if curves:
+            cells = [[curve[epoch] for curve in curves if epoch in curve] for epoch in EPOCHS]
+            table.append([row] + [mean_sd(values) for values in cells])
+    return table
+
+
+def rounded(value, form, missing=""):
+    """A number in that format, or what is shown where there is none."""
+    return missing if value is None else format(value, form)
 
 
 def geometry_table(entries):
-    """What each student's two top layers know (geometry.py)."""
-    rows = []
-    for entry in (e for key, e in entries.items() if key.startswith("geometry/")):
-        below, top = [{}, *entry["layers"]][-2:]
-        kept = [(x, k) for x in (below, top) for k in ("spread", "tamd")] + [(top, "spearman")]
-        rows.append([entry["name"], *(f"{x[k]:.3g}" if k in x else "" for x, k in kept)])
-    return ["", "spread, L − 1", "TAMD, L − 1", "spread, L", "TAMD, L", "rank, L"], rows
+    """What each student's two top layers have learnt (geometry.py)."""
+    table = [["", "spread, L − 1", "TAMD, L − 1", "spread, L", "TAMD, L", "rank, L"]]
+    for entry in entries:
+        below, top = ([{}] + entry["layers"])[-2:]
+        values = [below.get("spread"), below.get("tamd")]
+        values += [top.get("spread"), top.get("tamd"), top.get("spearman")]
+        table.append([entry["name"]] + [rounded(value, ".3g") for value in values])
+    return table
 
 
 def bench_table(entry):
     """The rows of bench.py: the ratio, its target, the two sides' ms."""
-    rows = []
-    for row in entry["rows"].values():
-        ms = " / ".join(f"{value:.0f}" for value in row["ms"] or [])
-        rows.append([row["label"], f"{row['ratio']:.2f}", row["target"], ms])
-    return ["", "ratio", "target", "ms"], rows
+    table = [[f"measured {entry['date']}", "ratio", "target", "ms"]]
+    for name, row in entry["rows"].items():
+        ms = " / ".join(f"{value:.0f}" for value in row["ms"])
+        table.append([BENCH[name]["label"], f"{row['ratio']:.2f}", BENCH[name]["target"], ms])
+    return table
 
 
-def cost_table(sides):
+def cost_table(entry):
     """The paper's Table 3: a step's ms, its ratio to TALAS's two, the peak of memory in MB."""
-    rows, at = [], results.TABLE3
-    for name, side in sides.items():
-        ratios = []
+    header = [
+        f"measured {entry['date']}",
+        "ms",
+        "/ TALAS without ASAM",
+        "paper",
+        "/ TALAS",
+        "paper",
+    ]
+    table = [header + ["teacher", "student", "rest"]]
+    for name, side in entry["table3"].items():
+        cells = [TABLE3[name]["label"], f"{side['ms']:.0f}"]
         for other in ("adamw", "talas"):
-            ratios.append(f"{side['ms'] / sides[other]['ms']:.2f}")
-            theirs = at[name]["paper ms"]  # the paper does not have them all
-            ratios.append(f"{int(theirs) / int(at[other]['paper ms']):.2f}" if theirs else "")
-        parts = ("teacher", "student", "rest")
-        memory = [f"{side[part]:.0f}" if part in side else "" for part in parts]
-        rows.append([at[name]["label"], f"{side['ms']:.0f}", *ratios, *memory])
-    heads = "ms", "/ TALAS without ASAM", "paper", "/ TALAS", "paper", "teacher", "student", "rest"
-    return ["", *heads], rows
+            cells.append(rounded(side.get("ratio", {}).get(other), ".2f", missing="–"))
+            paper_ms = TABLE3[name]["paper ms"]  # the paper does not have them all
+            ratio = int(paper_ms) / int(TABLE3[other]["paper ms"]) if paper_ms else None
+            cells.append(rounded(ratio, ".2f"))
+        for part in ("teacher", "student", "rest"):
+            cells.append(rounded(side.get(part), ".0f"))
+        table.append(cells)
+    return table
 
 
 def tables(entries):
-    """{name: (header, rows)} of all that there are results for."""
-    runs = results.runs(entries)
-    found = {"gains": gain_table(runs, over=False), "methods": gain_table(runs, over=True)}
-    found["geometry"] = geometry_table(entries)
-    for pair, own in runs.items():
-        found[f"scores-{pair}"] = score_table(own, ROWS)
-        found[f"main-{pair}"] = score_table(own, MAIN)
-        found[f"summary-{pair}"] = score_table(own, IN_SHORT, AVERAGES, "in words")
-        found[f"sharpness-{pair}"] = sharpness_table(own)
-    for key in (key for key in entries if key.startswith("bench/")):
-        name = key.replace("/", "-")
-        found[name] = bench_table(entries[key])
-        found[name.replace("bench", "cost", 1)] = cost_table(entries[key].get("table3", {}))
-    return {name: table for name, table in found.items() if table[1]}
+    """{name: table} of all that there are results for."""
+    methods = [claim for claim in CLAIMS.values() if claim["claim"].startswith("TALAS over")]
+    parts = [claim for claim in CLAIMS.values() if claim not in methods]
+    columns = {"paper": "the paper's pairs"}
+    by_pair = results.runs(entries)
+    made = {
+        "gains": gain_table(by_pair, parts, columns),
+        "methods": gain_table(by_pair, methods, columns | {"others": "the same, by others"}),
+        "start": settings_table(by_pair.get("B", {}), START),
+        "rates": settings_table(by_pair.get("B", {}), RATES),
+        "geometry": geometry_table(e for key, e in entries.items() if key.startswith("geometry/")),
+    }
+    for pair, runs in by_pair.items():
+        tasks = list(next(iter(runs.values()))[0]["scores"])
+        made[f"main-{pair}"] = score_table(runs, MAIN, tasks)
+        made[f"scores-{pair}"] = score_table(runs, ROWS, tasks)
+        made[f"summary-{pair}"] = score_table(runs, SUMMARY, AVERAGES, label="in words")
+        made[f"sharpness-{pair}"] = sharpness_table(runs)
+    for key, entry in entries.items():
+        if key.startswith("bench/"):
+            name = key.removeprefix("bench/").replace("/", "-")
+            made[f"bench-{name}"] = bench_table(entry)
+            made[f"cost-{name}"] = cost_table(entry)
+    return made
 
 
-def markdown(header, rows):
-    """A table in Markdown."""
-    align = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, align, *rows])
-
-
-def latex(header, rows):
-    """A table in LaTeX, for booktabs."""
-    signs, columns = str.maketrans(SIGNS), "l" + "r" * (len(header) - 1)
-    lines = [" & ".join(cell.translate(signs) for cell in row) for row in [header, *rows]]
-    text = " \\\\\n".join([f"\\toprule\n{lines[0]}", f"\\midrule\n{lines[1]}", *lines[2:], ""])
-    return f"\\begin{{tabular}}{{{columns}}}\n{text}\\bottomrule\n\\end{{tabular}}\n"
+# ------------------------------------------------------------------------------------ Markdown
+def markdown(table):
+    """A table in Markdown, its numbers to the right."""
+    align = ["---"] + ["---:"] * (len(table[0]) - 1)
+    lines = [f"| {' | '.join(cells)} |" for cells in [table[0], align] + table[1:]]
+    return "\n".join(lines)
 
 
 def fill(text, made, path):
-    """The text of a file with what stands between its marks replaced by the tables of that name."""
-
-    def replace(found):
-        name, old, end = found.groups()
-        if not end or "<!-- table:" in old:
+    """The text of a file with the table of that name between each pair of marks."""
+    parts = text.split("<!-- table:")
+    filled = parts[0]
+    for part in parts[1:]:
+        name, _, content = part.partition(" -->")
+        _, end, after = content.partition("<!-- end -->")
+        if not end:
             fail(f"{path}: the table {name} is left open; it ends with <!-- end -->")
         if name not in made:
-            fail(f"{path}: no results for the table {name}; there are: {', '.join(made) or 'none'}")
-        return f"<!-- table:{name} -->\n{markdown(*made[name])}\n{end}"
-
-    return re.sub(r"<!-- table:(.+?) -->(.*?)(<!-- end -->|\Z)", replace, text, flags=re.DOTALL)
+            fail(f"{path}: there is no table {name}; there are: {', '.join(made)}")
+        filled += f"<!-- table:{name} -->\n{markdown(made[name])}\n{end}{after}"
+    return filled
 
 
 def main(argv=None):
     """The command line."""
-    parser, flag = results.command_line(__doc__)
-    flag("files", nargs="*", type=Path, help="Markdown files to fill; else study/README.md")
-    flag("--latex", type=Path, help="write every table to this file, for LaTeX")
-    flag("--plots", type=Path, help="write the plots to this folder")
+    parser = results.command_line(__doc__)
+    parser.add_argument("files", nargs="*", type=Path, default=[results.HERE / "README.md"])
+    parser.add_argument("--plots", type=Path, help="write the plots to this folder")
     args = parser.parse_args(argv)
-    if not Path(args.results).exists():
-        fail(f"--results {args.results}: there is no such file")
-    entries = results.read_json(args.results)
+    entries = read_json(Path(args.results), needed=True)
     made = tables(entries)
-    for path in args.files or [results.HERE / "README.md"]:
+    for path in args.files:
         with attempt(f"fill {path}"):
-            path.write_text(fill(path.read_text("utf-8"), made, path), "utf-8")
-    if args.latex:
-        with attempt(f"write {args.latex}"):
-            args.latex.write_text("\n".join(f"% {n}\n{latex(*made[n])}" for n in made), "utf-8")
+            text = path.read_text("utf-8")
+            path.write_text(fill(text, made, path), "utf-8")
     if args.plots:
-        with attempt(f"write plots to {args.plots}", OSError):
-            args.plots.mkdir(parents=True, exist_ok=True)
-            plots.draw_all(entries, args.plots)
+        plots.draw_all(entries, args.plots)
 
 
 if __name__ == "__main__":

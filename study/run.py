@@ -1,53 +1,46 @@
-"""The runs of the study: distil pairs with rows of the paper's tables, score them, keep everything.
+"""The runs of the study: distil pairs with rows of the paper's tables, score them, record them.
 
     python study/run.py --pairs qwen3-0.6b --rows T STL STLA --seeds 42 43 44
     python study/run.py --pairs B --rows all --models real --embeddings mpnet.npy \
         --corpus corpus.jsonl --data DIR
 
-A run that is in results.json is not run again; an interrupted one goes on. Start the same command
-twice, and two runs go on at a time. Flags that are not listed go to talas.py (--epochs 1), but for
-those that rows are made of. Without a network there are the pairs A and B: the embeddings of
-all-mpnet-base-v2, an array, into students of 6 and 3 layers.
+A run that is in results.json is not run again; the same command resumes an interrupted one. The
+pairs A and B need no network: the embeddings of all-mpnet-base-v2, an array, and students of 6 and
+3 layers.
 """
 
-import re
-import shutil
 import sys
 from dataclasses import asdict, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from filelock import FileLock, Timeout
 
 import cache_teacher
 import eval as evaluation
 import talas
-from study import baselines, online, released, results
-from study.results import PAIRS, ROWS, UNTRAINED, portable, read_json
+from study import baselines, online, released
+from study.results import HERE, PAIRS, ROWS, UNTRAINED, command_line, describe, portable, record
 from support import fail
 from support.encoder import pooled_layers
-from support.files import check_output
-from support.run import check_settings
+from support.files import check_output, read_json
 
-OWN = "--teacher --student --output --seed --device --resume --overwrite"
-NAMED = {*re.findall(r"--(\w+)", " ".join([OWN, *(row["flags"] for row in ROWS.values())]))}
-BY_NAME = ("teacher", "released-code")  # of the rows: not among `all`
+BY_NAME = ("teacher", "released-code")  # rows that `all` leaves out
 
 
 class Released(talas.Objective):
-    """Eq. 7 as the authors' code has it: LASD from layer 0 on, other masks in the second pass."""
+    """Eq. 7 as in the authors' code: LASD from layer 0 on, new masks in the second pass."""
 
     second_pass = False
 
     def forward(self, tokens, teacher, domains=None):
-        """(loss, {its terms}); in training every other call is a step's second pass."""
-        if self.training and self.second_pass:
-            torch.manual_seed(int(torch.randint(2**62, ())))  # away from the first pass's masks
-        self.second_pass = self.training and not self.second_pass
+        """(loss, {its terms}); in training every other call is the second pass of a step."""
+        if self.training:
+            if self.second_pass:
+                torch.manual_seed(int(torch.randint(2**62, ())))  # not the first pass's masks
+            self.second_pass = not self.second_pass
         twice = {name: t.repeat(2, 1) for name, t in tokens.items()}  # (2N, T)
         pooled = pooled_layers(self.encoder, twice, self.s.precision, from_layer=0)
         layers = [E.unflatten(0, (2, -1)) for E in pooled]  # L + 1 of (2, N, d_S)
@@ -55,114 +48,155 @@ class Released(talas.Objective):
         return loss, terms | {"loss": loss}
 
 
-def method_of(row, flags):
-    """(settings of a row and these flags; what makes (corpus, objective) of them and a cache)."""
-    flags = [*flags, *ROWS[row]["flags"].split()]
-    if row.split("-")[0] in online.OWN:
-        return online.parse_settings(flags), online.prepare
-    if "--method" in flags:
-        return talas.parse_settings(flags, baselines.Settings), baselines.prepare
-    kind = Released if row == "STLA-released" else talas.Objective
-    return talas.parse_settings(flags), partial(baselines.prepare, kind=kind)
+# ---------------------------------------------------------------------------------- what a row is
+def is_online(row):
+    """Whether the teacher of a row runs in every step (online.py)."""
+    return row.split("-")[0] in online.METHODS
 
 
-def keep(folder, objective, epoch):
-    """Keep the student after an epoch, whole or not at all: folder/1, folder/2, ..."""
-    talas.save_student(objective, folder / "draft")
-    shutil.rmtree(folder / str(epoch), ignore_errors=True)
-    (folder / "draft").rename(folder / str(epoch))
+def settings_of(row, flags):
+    """The settings of a row with these flags, a list of str; the row's own flags win."""
+    row_flags = ROWS[row]["flags"].split()
+    argv = flags + row_flags
+    if is_online(row):
+        return online.parse_settings(argv)
+    if "--method" in row_flags:
+        return talas.parse_settings(argv, baselines.Settings)
+    if "--projection_std" in row_flags:
+        return talas.parse_settings(argv, baselines.WithStart)
+    return talas.parse_settings(argv)
 
 
-def train(args, teacher, dtype, s, row, prepare):
-    """Train one row, unless its output holds just that; an interrupted training goes on."""
-    out, told = Path(s.output), read_json(Path(s.output, "talas.json")).get("settings", {})
-    lacks, there = s.sharpness and not told.get("sharpness"), (out / "checkpoint.pt").exists()
-    if portable(told) == portable(asdict(s)) and not lacks and not there:
+def objective_of(row):
+    """The class of a row's objective; online.py has its own."""
+    if row == "STLA-released":
+        return Released
+    if "--method" in ROWS[row]["flags"]:
+        return baselines.Baseline
+    return talas.Objective
+
+
+# ----------------------------------------------------------------------------------------- a run
+def model_path(args, name):
+    """A model's Hub id, or its folder in --models."""
+    return name if "/" in name else str(args.models / name)
+
+
+def make_cache(args, pair, path):
+    """Make the cache of a pair's teacher. If it is there with other content, the program ends."""
+    teacher = model_path(args, PAIRS[pair]["teacher"])
+    if args.embeddings and "/" not in PAIRS[pair]["teacher"]:
+        teacher = args.embeddings
+    flags = ["--teacher", teacher, "--corpus", args.corpus, "--output", path]
+    cache_teacher.main([*flags, "--dtype", PAIRS[pair]["dtype"], "--device", args.device])
+
+
+def settings_of_run(args, pair, row, seed):
+    """The settings of a run; the teacher is a cache's path, for an online method a model."""
+    teacher = PAIRS[pair]["teacher"]
+    flags = [
+        f"--student={model_path(args, PAIRS[pair]['student'])}",
+        f"--output={args.work}/{pair}-{row}-{seed}",
+        f"--seed={seed}",
+        f"--device={args.device}",
+        f"--sharpness={args.sharpness}",
+    ]
+    if is_online(row):
+        flags += [f"--teacher={model_path(args, teacher)}", f"--corpus={args.corpus}"]
+    else:
+        flags.append(f"--teacher={args.work}/{teacher.replace('/', '-')}.pt")
+    return settings_of(row, flags)
+
+
+def check_same(args, place, recorded, entry):
+    """End the program if what is recorded in some place is not the run of this entry."""
+    for name in ("data", "corpus", "settings"):
+        if recorded.get(name) != entry.get(name):
+            fail(f"{place} has another {name}; choose another --results and --work")
+    if args.sharpness and recorded.get("lambda_max") == {}:
+        fail(f"{place} has no lambda_max; choose another --results and --work")
+
+
+def train(args, s, entry):
+    """Train the student of an entry, unless its folder has it; an interrupted training resumes."""
+    out = Path(s.output)
+    row = entry["row"]
+    interrupted = (out / "checkpoint.pt").exists()
+    if not interrupted and (out / "talas.json").exists():
+        check_same(args, out, describe(out) | {"data": entry["data"]}, entry)
         return
-    s = replace(s, resume=there, overwrite=not there)
-    keeping = [partial(keep, out / "epochs")] if args.each_epoch else []
-    if prepare is not online.prepare:
-        cached = ["--teacher", teacher, "--output", s.teacher, "--corpus", args.corpus]
-        with FileLock(f"{s.teacher}.waiting"):  # a cache that is there is kept
-            cache_teacher.main([*cached, "--dtype", dtype, "--device", args.device])
+    s = replace(s, resume=interrupted, overwrite=not interrupted)
+    keep_epochs = out / "epochs" if args.each_epoch else None
     if row == "released-code":
-        return released.train(args.released, s)
-    baselines.run(s, prepare, *keeping)
+        released.train(args.released, s)
+    elif is_online(row):
+        online.run(s, keep_epochs)
+    else:
+        baselines.run(s, objective_of(row), keep_epochs)
 
 
-def run(args, seed, pair, row, check=False):
-    """One run, from the teacher to its entry in results.json; or a check of its settings alone."""
-    about, key = PAIRS[pair], f"{pair}/{row}" if row in UNTRAINED else f"{pair}/{row}/{seed}"
-    teacher, student = about["teacher"], about["student"]
-    out, cache = args.work / f"{pair}-{row}-{seed}", args.work / f"{teacher.replace('/', '-')}.pt"
-    if "/" not in teacher:
-        teacher, student = str(args.models / teacher), str(args.models / student)
-    own = {"teacher": cache, "student": student, "output": out, "seed": seed, "device": args.device}
-    s, prepare = method_of(row, [*(f"--{name}={own[name]}" for name in own), *args.flags])
-    if prepare is online.prepare:
-        s = replace(s, teacher=teacher, corpus=args.corpus)
-    check_settings(s)
-    entry = {"pair": pair, "row": row, "seed": seed, "data": Path(args.data).name}
-    entry["settings"] = None if row in UNTRAINED else portable(asdict(s))
-    if old := read_json(args.results).get(key):
-        lacks = entry["settings"] and s.sharpness and not old.get("lambda_max")
-        if lacks or any(old[name] != entry[name] for name in ("data", "settings")):
-            fail(f"{args.results} has {key} with other settings or data; take another --results")
-    if check or old:
-        return check or print("done already")
-    out.mkdir(exist_ok=True)
-    if entry["settings"]:
-        array = args.embeddings if "/" not in about["teacher"] else None
-        train(args, array or teacher, about["dtype"], s, row, prepare)
-        entry |= results.describe(out)
-    model, file = {"teacher": teacher, "before": student}.get(row, f"{out}"), f"{out}/scores.json"
-    evaluation.main([model, "--data", args.data, "--json", file, "--device", args.device])
-    results.record(args.results, key, entry | {"scores": read_json(file)[model]})
+def run(args, pair, row, seed):
+    """One run, from the teacher to its entry in the results file, unless the entry is there."""
+    key = f"{pair}/{row}"
+    entry = {"pair": pair, "row": row, "seed": seed, "data": Path(args.data).name, "settings": None}
+    model = model_path(args, PAIRS[pair]["teacher" if row == "teacher" else "student"])
+    if row not in UNTRAINED:
+        key += f"/{seed}"
+        s = settings_of_run(args, pair, row, seed)
+        model = s.output
+        sentences = s.corpus if is_online(row) else s.teacher
+        if not is_online(row):
+            make_cache(args, pair, s.teacher)
+        entry["corpus"] = cache_teacher.load_cache(sentences, needed=False)["fingerprint"]
+        entry["settings"] = portable(asdict(s))
+    recorded = read_json(Path(args.results)).get(key)
+    if recorded:
+        check_same(args, f"{args.results}, {key},", recorded, entry)
+        print("done already")
+        return
+    if row not in UNTRAINED:
+        train(args, s, entry)
+        entry |= describe(Path(s.output))
+    scores = args.work / f"{pair}-{row}-{seed}.json"
+    evaluation.main([model, "--data", args.data, "--json", str(scores), "--device", args.device])
+    entry["scores"] = read_json(scores)[model]
+    record(args.results, key, entry)
 
 
 def parse_args(argv):
-    """The command line; what is not listed goes to talas.py."""
-    parser, flag = results.command_line(__doc__)
-    many, rows = {"nargs": "+", "metavar": "X"}, ["all", *ROWS]
-    flag("--pairs", **many, default=list(PAIRS)[:3], choices=PAIRS, help=", ".join(PAIRS))
-    flag("--rows", **many, default=["STLA"], choices=rows, help=", ".join(rows))
-    flag("--seeds", **many, type=int, default=[42], help="a run each")
+    """The command line."""
+    parser = command_line(__doc__)
+    flag = parser.add_argument
+    flag("--pairs", nargs="+", default=list(PAIRS)[:3], choices=PAIRS)
+    flag("--rows", nargs="+", default=["STLA"], choices=["all", *ROWS])
+    flag("--seeds", nargs="+", type=int, default=[42], help="a run each")
     flag("--models", type=Path, default=Path("real"), help="folder of the models of A and B")
     flag("--embeddings", help="array of the embeddings of A's and B's teacher")
-    flag("--corpus", default="paper", help="as cache_teacher.py has it")
-    flag("--data", default="hub", help="as eval.py has it")
-    flag("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
-    flag("--each_epoch", action="store_true", help="keep the student of each trained epoch, too")
+    flag("--corpus", default="paper", help="as for cache_teacher.py")
+    flag("--data", default="hub", help="as for eval.py")
+    flag("--sharpness", action="store_true", help="record lambda_max after each epoch")
+    flag("--each_epoch", action="store_true", help="keep the student of each epoch")
     flag("--released", help="a clone of the released code, for the row released-code")
-    flag("--work", type=Path, default=results.HERE / "runs", help="for caches and students")
-    args, args.flags = parser.parse_known_args(argv)
-    args.rows = [r for r in ROWS if r in args.rows or ("all" in args.rows and r not in BY_NAME)]
+    flag("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
+    flag("--work", type=Path, default=HERE / "runs", help="folder for caches and students")
+    args = parser.parse_args(argv)
+    if "all" in args.rows:
+        args.rows += [row for row in ROWS if row not in BY_NAME]
+    args.rows = [row for row in ROWS if row in args.rows]
     if "released-code" in args.rows and not args.released:
         fail("--rows released-code needs a clone of that code, --released DIR")
-    for given in (flag for flag in args.flags if flag.startswith("--")):
-        if given[2:].split("=")[0].replace("-", "_") in NAMED:
-            fail(f"{given} is part of what names a run: choose --pairs, --rows, --seeds, --work")
+    check_output("--results", args.results)
     return args
 
 
 def main(argv=None):
-    """The command line: each run in its turn, those of the first seed first."""
+    """The command line: one run after another, those of the first seed first."""
     args = parse_args(argv)
-    check_output("--results", args.results)
-    args.work = args.work.resolve()  # a cache that is not there yet is known by its name
-    asked = list(product(args.seeds, args.pairs, args.rows))
-    asked = [one for one in asked if one[2] not in UNTRAINED or one[0] == args.seeds[0]]
-    for one in asked:
-        run(args, *one, check=True)  # what is wrong is said before any work
     args.work.mkdir(parents=True, exist_ok=True)
     (args.work / ".gitignore").write_text("*\n")
-    for seed, pair, row in asked:
+    for seed, pair, row in product(args.seeds, args.pairs, args.rows):
         print(f"--- {pair}, {row}, seed {seed}", flush=True)
-        try:
-            with FileLock(args.work / f"{pair}-{row}-{seed}.running", timeout=0):
-                run(args, seed, pair, row)
-        except Timeout:
-            print("another process is at it")
+        run(args, pair, row, seed)
 
 
 if __name__ == "__main__":

@@ -1,432 +1,413 @@
 """The study: its runs on a pair made in a moment, its tables against numbers worked out by hand."""
 
-import json
-import re
 import shlex
-import shutil
-import statistics
-import sys
 from dataclasses import asdict
-from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SENTENCES, small_bert
+from helpers import ROOT, SENTENCES, before_each_step, random_rows, small_bert, write_files
 from scipy.stats import spearmanr
-from transformers import AutoTokenizer, BertModel
+from torch.nn.functional import cosine_similarity, normalize
+from transformers import BertModel
 
 import talas
 from cache_teacher import load_cache
-from study import baselines, bench, geometry, online, report, results, run
+from study import bench, geometry, plots, report, run
+from study.results import HERE, PAIRS, ROWS, TABLE3, describe, portable
 from support.data import Corpus
+from support.files import read_json
 from support.loading import load_encoder
 
-README, CPU = ROOT / "study" / "README.md", torch.device("cpu")
-OWN_CODE = {  # a stand-in for what the authors released
-    "src/evaluation/evaluation_automodel.py": "raise OSError('it would ask the network')",
-    "config.py": "class TALASConfig:\n    def __init__(self, **given): self.given = given",
-    "distiller.py": """import json, sys, torch, pandas
-from transformers import AutoModel, AutoTokenizer
-from src.evaluation.evaluation_automodel import eval_sts_task
-assert not hasattr(sys.modules["src.evaluation.evaluation_automodel"], "__file__")
-class KnowledgeDistiller:
-    def __init__(self, config):
-        told, self.step_times = config.given, [0.1, 0.2, 0.6]
-        told["texts"] = list(pandas.read_csv(told["train_data_path"])["text"])
-        told["length"] = torch.load(told["cache_path"]).norm(dim=1).mean().item()
-        told["words"] = len(AutoTokenizer.from_pretrained("bert-base-uncased"))
-        self.model_student = AutoModel.from_pretrained(told["student_model_name"])
-        json.dump(told, open("told.json", "w"))
-    def train(self):
-        eval_sts_task(self.model_student, [])
-        torch.nn.init.ones_(next(self.model_student.parameters()))
-""",
-}
+README = HERE / "README.md"
+CPU = torch.device("cpu")
 
 
+# ------------------------------------------------------------------------------------------- runs
 @pytest.fixture
-def pair_b(tmp_path, bert, corpus):
-    """Flags of run.py: pair B with a small student, a random teacher and two tasks."""
+def pair_b(tmp_path, bert, corpus, monkeypatch):
+    """Flags of run.py: pair B with a small student, a random teacher and two tasks; short runs."""
     bert.rename(tmp_path / "student-cls")
-    np.save(tmp_path / "mpnet.npy", np.random.default_rng(0).normal(size=(48, 8)).astype("f"))
-    for task, label, n in (("stsb", "score", 6), ("mrpc", "label", 2)):
-        pairs = [(SENTENCES[i], SENTENCES[(7 * i + n) % 48], i % n) for i in range(40)]
-        rows = [dict(zip(("sentence1", "sentence2", label), pair)) for pair in pairs]
-        (tmp_path / "tasks" / task).mkdir(parents=True)
-        (tmp_path / "tasks" / task / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    flags = f"--pairs B --models {tmp_path} --embeddings {tmp_path}/mpnet.npy --corpus {corpus}"
-    flags += f" --data {tmp_path}/tasks --work {tmp_path}/runs --results {tmp_path}/results.json"
-    return f"{flags} --epochs 2 --batch_size 16 --device cpu --lr 0.01".split()
+    np.save(tmp_path / "mpnet.npy", random_rows(48, 8, dtype=torch.float32).numpy())
+    sts, pairs = [], []
+    for i in range(40):
+        sentences = {"sentence1": SENTENCES[i], "sentence2": SENTENCES[7 * i % 48]}
+        sts.append(sentences | {"score": i % 6})
+        pairs.append(sentences | {"label": i % 2})
+    write_files(tmp_path / "tasks", {"stsb/test.jsonl": sts, "mrpc/test.jsonl": pairs})
+    for row in ROWS.values():
+        monkeypatch.setitem(row, "flags", f"{row['flags']} --epochs 2 --batch_size 16 --lr 0.01")
+    return [
+        "--pairs=B",
+        "--device=cpu",
+        f"--models={tmp_path}",
+        f"--embeddings={tmp_path}/mpnet.npy",
+        f"--corpus={corpus}",
+        f"--data={tmp_path}/tasks",
+        f"--work={tmp_path}/runs",
+        f"--results={tmp_path}/results.json",
+    ]
 
 
-@pytest.fixture
-def trained(monkeypatch):
-    """The settings of each training."""
-    calls, train = [], baselines.run
-    monkeypatch.setattr(baselines, "run", lambda s, *how: (calls.append(s), train(s, *how)))
-    return calls
-
-
-def test_rows_are_run_once_and_recorded(pair_b, trained, tmp_path, capsys, ends_with_one_line):
-    flags, file = [*pair_b, "--rows", "before", "T", "--seeds", "1", "2"], tmp_path / "results.json"
-    run.main([*flags, "--each_epoch"])
-    recorded, found = file.read_text(), results.read_json(file)
-    assert len(trained) == 2 and sorted(found) == ["B/T/1", "B/T/2", "B/before"]
-    one, scores = found["B/T/1"], found["B/T/1"]["scores"]
-    wanted = {"lambda1": 0, "epochs": 2, "optimizer": "adamw", "seed": 1, "teacher": "mpnet.pt"}
-    assert wanted.items() <= one["settings"].items() and len(one["cost"]) == 1
+def test_runs_are_recorded_once_under_their_names(pair_b, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PAIRS["B"], "dtype", "float16")
+    flags = [*pair_b, "--rows", "before", "T", "--seeds", "1", "2", "--each_epoch"]
+    run.main(flags)
+    recorded = read_json(tmp_path / "results.json")
+    assert sorted(recorded) == ["B/T/1", "B/T/2", "B/before"]
+    settings = recorded["B/T/1"]["settings"]
+    assert (settings["lambda1"], settings["optimizer"], settings["seed"]) == (0, "adamw", 1)
+    assert (settings["student"], settings["teacher"]) == ("student-cls", "mpnet.pt")
+    assert load_cache(f"{tmp_path}/runs/mpnet.pt")["embeddings"].dtype == torch.float16
+    scores = recorded["B/T/1"]["scores"]
     assert scores["avg"] == pytest.approx((scores["stsb"] + scores["mrpc"]) / 2)
-    assert scores != found["B/T/2"]["scores"] != found["B/before"]["scores"]
-    assert str(tmp_path) not in recorded  # nothing of this machine
-    kept = tmp_path / "runs/B-T-1/epochs"
-    weights = [(kept / f"{epoch}/model.safetensors").read_bytes() for epoch in "12"]
-    assert weights[0] != weights[1] == (kept.parent / "model.safetensors").read_bytes()
-    assert len(torch.load(kept / "1/projections.pt", weights_only=True)) == 2
+    assert scores != recorded["B/T/2"]["scores"]
+    assert scores != recorded["B/before"]["scores"]
+    out = tmp_path / "runs" / "B-T-1"
+    weights = (out / "model.safetensors").read_bytes()
+    assert (out / "epochs/1/model.safetensors").read_bytes() != weights
+    assert (out / "epochs/2/model.safetensors").read_bytes() == weights
+    text = (tmp_path / "results.json").read_text()
+    assert str(tmp_path) not in text  # nothing of this machine
+    capsys.readouterr()
     run.main(flags)
-    assert capsys.readouterr().out.count("done already\n") == 3 and file.read_text() == recorded
-    shutil.copytree(tmp_path / "tasks", tmp_path / "others")
-    for other in (["--lr", "1"], ["--data", str(tmp_path / "others")], ["--sharpness"]):
-        asked = [*pair_b, "--rows", "S", "T", "--seeds", "1", *other]
-        ends_with_one_line(lambda asked=asked: run.main(asked), "B/T/1", "--results")
-    file.unlink()  # what is trained is scored without training it again
+    assert capsys.readouterr().out.count("done already") == 4
+    assert (tmp_path / "results.json").read_text() == text
+
+
+def test_another_corpus_is_refused(pair_b, tmp_path, ends_with_one_line):
+    flags = [*pair_b, "--rows", "T"]
     run.main(flags)
-    assert len(trained) == 2 and results.read_json(file)["B/T/2"] == found["B/T/2"]
-
-
-def test_a_row_without_a_teacher_is_recorded_without_one(pair_b, tmp_path):
-    run.main([*pair_b, "--rows", "S"])
-    ((key, found),) = results.read_json(tmp_path / "results.json").items()
-    assert key == "B/S/42" and found["teacher"] == "" and found["scores"]["avg"] > 0
-
-
-def test_an_interrupted_run_goes_on_from_its_last_epoch(pair_b, trained, tmp_path, monkeypatch):
-    flags, step, count = [*pair_b, "--rows", "STLA-released"], talas.training_step, []
-    run.main(flags)
-    whole = (tmp_path / "runs/B-STLA-released-42/model.safetensors").read_bytes()
-    shutil.rmtree(tmp_path / "runs")
+    sentences = ["A sentence of the other corpus.", *SENTENCES[1:]]
+    write_files(tmp_path, {"other.jsonl": [{"text": text} for text in sentences]})
+    other = [*flags, f"--corpus={tmp_path}/other.jsonl"]
+    ends_with_one_line(lambda: run.main(other), "runs/mpnet.pt")
+    (tmp_path / "runs/mpnet.pt").unlink()
+    ends_with_one_line(lambda: run.main(other), "B/T/42", "another corpus")
     (tmp_path / "results.json").unlink()
+    ends_with_one_line(lambda: run.main(other), "runs/B-T-42", "another corpus")
+    assert not (tmp_path / "results.json").exists()
 
-    def interrupted(*args):
-        count.append(0)
-        if len(count) == 5:  # in the second epoch of three steps
+
+def test_another_run_under_a_name_is_refused(pair_b, tmp_path, monkeypatch, ends_with_one_line):
+    flags = [*pair_b, "--rows", "T"]
+    run.main(flags)
+    (tmp_path / "tasks").rename(tmp_path / "others")
+    others = f"--data={tmp_path}/others"
+    ends_with_one_line(lambda: run.main([*flags, others]), "another data")
+    ends_with_one_line(lambda: run.main([*flags, "--sharpness"]), "no lambda_max")
+    monkeypatch.setitem(ROWS["T"], "flags", f"{ROWS['T']['flags']} --lr 0.02")
+    ends_with_one_line(lambda: run.main(flags), "another settings")
+
+
+def test_an_online_row_runs_the_model(pair_b, tmp_path):
+    small_bert(tmp_path / "mpnet", seed=1, hidden_size=48)
+    run.main([*pair_b, "--rows", "emo"])
+    entry = read_json(tmp_path / "results.json")["B/emo/42"]
+    assert (entry["teacher"], entry["settings"]["method"]) == ("mpnet", "emo")
+    assert not list((tmp_path / "runs").glob("*.pt"))
+
+
+def test_an_interrupted_run_resumes(pair_b, tmp_path, monkeypatch):
+    steps = []
+
+    def interrupt(number, objective):
+        steps.append(type(objective))
+        if len(steps) == 5:  # in the second epoch of three steps
             raise KeyboardInterrupt
-        return step(*args)
 
-    monkeypatch.setattr(talas, "training_step", interrupted)
+    before_each_step(interrupt, monkeypatch)
+    flags = [*pair_b, "--rows", "STLA-released"]
     with pytest.raises(SystemExit):
         run.main(flags)
-    run.main([*flags, "stella"])
-    assert [s.resume for s in trained] == [False, False, True, False]
-    assert (tmp_path / "runs/B-STLA-released-42/model.safetensors").read_bytes() == whole
-    found = results.read_json(tmp_path / "results.json")
-    assert found["B/stella/42"]["settings"]["method"] == "stella"
+    run.main(flags)
+    assert steps == [run.Released] * (5 + 3)
+    assert list(read_json(tmp_path / "results.json")) == ["B/STLA-released/42"]
 
 
-def test_an_online_row_runs_the_model_and_makes_no_cache(pair_b, tmp_path):
-    small_bert(tmp_path / "mpnet", seed=1, hidden_size=48)
-    run.main([*pair_b, "--rows", "emo", "--each_epoch"])
-    ((key, found),) = results.read_json(tmp_path / "results.json").items()
-    wanted = {"teacher": "mpnet", "method": "emo", "warmup_ratio": 0.1, "epochs": 2}
-    assert key == "B/emo/42" and wanted.items() <= found["settings"].items()
-    assert found["teacher"] == "mpnet" and found["scores"]["avg"] > 0
-    assert not list((tmp_path / "runs").glob("*.pt"))
-    assert (tmp_path / "runs/B-emo-42/epochs/2/model.safetensors").exists()
+def test_the_released_objective(bert, cache):
+    """LASD from layer 0 on; at ρ = 0, where w̃ = w, other masks make the second loss another."""
+    s = talas.Settings(rho=0.0, lr=1e-9)
+    encoder = load_encoder(str(bert))
+    tokens, teacher, domains = Corpus(load_cache(str(cache)), encoder).batch(torch.arange(8))
+    objective = run.Released(encoder, talas.new_projections(s, encoder, 8), s).eval()
+    hidden = encoder.model(**tokens, output_hidden_states=True).hidden_states
+    total = 0.0
+    for lower, upper in zip(hidden[:-1], hidden[1:]):
+        R_lower = cosine_similarity(lower[:, None, 0], lower[None, :, 0], dim=-1)
+        R_upper = cosine_similarity(upper[:, None, 0], upper[None, :, 0], dim=-1)
+        total += ((R_upper - R_lower) ** 2).mean().item()
+    _, terms = objective(tokens, teacher)
+    assert terms["lasd"].item() == pytest.approx(total / 3, rel=1e-4)  # layers 0 to 3
+    asam, _ = talas.make_optimizer(s, objective.train(), steps=10)
+    for _ in range(2):
+        values = talas.training_step(objective, asam, tokens, teacher, domains, s)
+        assert values["sharpness_gap"] != 0
 
 
-def test_a_row_is_what_its_name_says():
-    expected = """S optimizer=adamw lambda2=0 lambda3=0, T optimizer=adamw lambda1=0 lambda3=0,
-        ST optimizer=adamw lambda3=0, STL optimizer=adamw, TLA lambda1=0, STA lambda3=0, STLA,
-        STLA-released, released-code, STLA-rho-0.5 rho=0.5, STLA-rho-1 rho=1, STLA-rho-2 rho=2,
-        STLA-SAM optimizer=sam rho=0.005, STLA-DISAM optimizer=disam rho=0.005,
-        STLA-K-1 anchored_layers=1, STLA-K-3 anchored_layers=3, distill, stella method=stella,
-        STL-lambda3-0.1 optimizer=adamw lambda3=0.1, STL-lambda3-10 optimizer=adamw lambda3=10,
-        STL-detach_guide optimizer=adamw detach_guide=True, distill-mse distance=mse,
-        distillcse method=distillcse, cdm teacher_dtype=bfloat16,
-        dskd method=dskd teacher_dtype=bfloat16, emo method=emo teacher_dtype=bfloat16,
-        cdm-sentences mse=sentences teacher_dtype=bfloat16,
-        dskd-sentences method=dskd mse=sentences teacher_dtype=bfloat16"""
-    for row, *wanted in map(str.split, expected.split(",")):
-        flags = results.ROWS[row]["flags"].split()
-        kind = baselines.Settings if "--method" in flags else talas.Settings
-        kind = online.Settings if row.split("-")[0] in online.OWN else kind
-        s = talas.parse_settings(["--student", "x", *flags], kind)
-        changed = asdict(s).items() - asdict(kind(student="x")).items()
-        assert {f"{name}={value}".removesuffix(".0") for name, value in changed} == {*wanted}, row
-    claims = results.CLAIMS.values()
-    assert {claim[name] for claim in claims for name in ("row", "without")} <= results.ROWS.keys()
+def test_recorded_settings_are_those_of_the_rows():
+    for key, entry in read_json(HERE / "results.json").items():
+        if entry.get("settings"):
+            pair = PAIRS[entry["pair"]]
+            flags = [f"--student={pair['student']}", f"--seed={entry['seed']}"]
+            if run.is_online(entry["row"]):
+                flags += ["--teacher=mpnet", "--corpus=corpus.jsonl"]
+            else:
+                flags.append("--teacher=mpnet.pt")
+            settings = run.settings_of(entry["row"], flags)
+            assert portable(asdict(settings)) == entry["settings"], key
 
 
-def test_a_mistake_is_one_line_before_any_work(pair_b, trained, tmp_path, ends_with_one_line):
-    nowhere, some = ["--results", f"{tmp_path}/none/r.json"], [*pair_b, "--rows", "T"]
-    named = "--seed 7,--rho=1,--anchored-layers 1,--output x,--student x,--method stella,--resume"
-    for main, flags, *words in [
-        *(
-            (run.main, [*some, *x.split()], re.split("[ =]", x)[0], "names")
-            for x in named.split(",")
-        ),
-        (run.main, [*some, *nowhere], "--results", "none"),
-        (bench.main, ["--student", "x", *nowhere], "--results", "none"),
-        (geometry.main, ["x", *nowhere], "--results", "none"),
-        (run.main, [*some, "--epoch", "1"], "--epoch"),
-        (run.main, [*some, "stella", "--lasd_layers", "2"], "--lasd_layers"),
-        (run.main, [*pair_b, "--rows", "released-code"], "--released"),
-        (bench.main, ["--student", "x", "--rows", "released"], "released", "asam"),
-        (geometry.main, ["a", "b", "--names", "x"], "--names", "2, one for each"),
-        (report.main, [f"{tmp_path}/none.md"], "none.md", "No such file"),
-    ]:
-        ends_with_one_line(lambda main=main, flags=flags: main(flags), *words)
-    assert not trained and not (tmp_path / "runs").exists()
+def test_all_rows(tmp_path, ends_with_one_line):
+    results = f"--results={tmp_path}/r.json"
+    rows = run.parse_args(["--rows", "all", results]).rows
+    assert set(ROWS) - set(rows) == {"teacher", "released-code"}
+    flags = ["--rows", "all", "released-code", results]
+    ends_with_one_line(lambda: run.parse_args(flags), "--released")
+    assert set(run.parse_args([*flags, "--released=x"]).rows) == {*rows, "released-code"}
 
 
-def test_what_a_training_left(tmp_path):
-    lines = [{"step": x, "loss": 1, "tamd": x / 10, "lasd": 0.12345678} for x in (44, 50, 90, 100)]
+def test_what_a_training_leaves(tmp_path):
+    lines = [{"step": step, "loss": 1, "tamd": step / 10} for step in (44, 50, 90, 100)]
     lines += [{"end_of_epoch": 1, "step": 110}, {"end_of_epoch": 2, "step": 220, "lambda_max": 7.5}]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    settings = {"student": str(tmp_path), "teacher": "a/b", "lr": 1}
-    settings |= {"output": "x", "device": "cpu", "sharpness": True}
-    cost = {"ms_per_step": 3.0, "peak_mb": 9}
-    about = {"settings": settings, "teacher": "/x/y.npy", "cost": cost}
-    (tmp_path / "talas.json").write_text(json.dumps(about))
-    told = results.describe(tmp_path)
-    assert told["settings"] == {"student": tmp_path.name, "teacher": "a/b", "lr": 1}
-    assert told["teacher"] == "y.npy" and told["cost"] == {"ms_per_step": 3.0}
-    assert told["history"] == {"step": [50, 100], "tamd": [5, 10], "lasd": [0.123457] * 2}
-    assert told["lambda_max"] == {"2": 7.5}
+    settings = {"student": str(tmp_path), "teacher": "a/b", "lr": 1, "output": "x"}
+    about = {"settings": settings, "teacher": "/x/y.npy", "cost": {"ms_per_step": 3.0, "mb": 9}}
+    write_files(tmp_path, {"metrics.jsonl": lines, "talas.json": about})
+    entry = describe(tmp_path)
+    assert entry["settings"] == {"student": tmp_path.name, "teacher": "a/b", "lr": 1}
+    assert (entry["teacher"], entry["cost"]) == ("y.npy", {"ms_per_step": 3.0})
+    assert entry["history"] == {"step": [50, 100], "tamd": [5.0, 10.0]}
+    assert entry["lambda_max"] == {"2": 7.5}
 
 
-def test_the_released_behaviour(bert, cache):
-    """LASD from layer 0 on, by a loop; at ρ = 0, where w̃ = w, the two passes' losses differ."""
-    s, student, gaps, lasd = talas.Settings(rho=0.0, lr=1e-9), load_encoder(str(bert)), [], []
-    batch = Corpus(load_cache(str(cache)), student).batch(torch.arange(8))
-    with torch.no_grad():
-        hidden = student.model(**batch[0], output_hidden_states=True).hidden_states
-    R = [E @ E.T for E in (torch.nn.functional.normalize(h[:, 0], dim=1) for h in hidden)]
-    by_loop = [((a - b) ** 2).mean().item() for a, b in zip(R, R[1:])]
-    for kind in (run.Released, talas.Objective):
-        objective = kind(student, talas.new_projections(s, student, 8), s)
-        lasd.append(objective.eval()(*batch[:2])[1]["lasd"].item())
-        asam, _ = talas.make_optimizer(s, objective.train(), 10)
-        steps = [talas.training_step(objective, asam, *batch, s) for _ in range(2)]
-        gaps += [step["sharpness_gap"].item() for step in steps]
-    assert lasd == pytest.approx([*map(statistics.fmean, (by_loop, by_loop[1:]))], rel=1e-3)
-    assert gaps[0] != 0 != gaps[1] and gaps[2:] == [0, 0]
-
-
-def test_the_released_code_gets_our_settings(pair_b, tmp_path, monkeypatch):
-    pytest.importorskip("pandas")
-    for name, text in OWN_CODE.items():
-        (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "own" / name).write_text(text)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    original, words = AutoTokenizer.from_pretrained, AutoTokenizer.from_pretrained("student-cls")
-    run.main([*pair_b, "--rows", "released-code", "--released", "own", "--max_length", "32"])
-    assert AutoTokenizer.from_pretrained == original
-    told = json.loads(Path("told.json").read_text())
-    wanted = {"seed": 42, "epochs": 2, "batch_size": 16, "max_length": 32, "learning_rate": 0.01}
-    wanted |= {"rho": 0.05, "temperature": 0.1, "warmup_ratio": 0.06, "save_dir": None}
-    wanted |= {"w_task": 0.001, "w_kd": 0.75, "w_struct": 1.0, "texts": SENTENCES}
-    assert {name: told[name] for name in wanted} == wanted
-    assert told["words"] == len(words) and told["length"] == pytest.approx(1)
-    assert results.read_json("results.json")["B/released-code/42"]["cost"] == {"ms_per_step": 200.0}
-    student = load_encoder("runs/B-released-code-42")
-    assert (next(student.model.parameters()) == 1).all() and student.pooling == "cls"
-
-
+# --------------------------------------------------------------------------- geometry, benchmark
 def test_geometry_by_hand(bert, cache, tmp_path):
-    content, student, kept = load_cache(str(cache)), load_encoder(str(bert)), tmp_path / "kept"
-    W = [torch.randn(32, 8, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
-    torch.save(W, shutil.copytree(bert, kept) / "projections.pt")
-    flags = [str(bert), str(kept), "--teacher", str(cache), "--names", "a", "b"]
-    geometry.main([*flags, "--results", str(tmp_path / "results.json")])
-    found = results.read_json(tmp_path / "results.json")
-    one, batch = found["geometry/b"]["layers"][1], Corpus(content, student).batch(torch.arange(48))
-    hidden = student.model.eval()(**batch[0], output_hidden_states=True).hidden_states
-    E = hidden[2][:, 0].detach()
-    E, P, T = (torch.nn.functional.normalize(x.double()) for x in (E, E @ W[0], batch[1]))
-    E, P, T = E.numpy(), P.numpy(), T.numpy()
-    pairs, targets = (np.array([X[i] @ X[j] for i in range(48) for j in range(i)]) for X in (E, T))
-    assert one["spread"] == pytest.approx(1 - pairs.mean(), abs=1e-5)
-    assert one["spearman"] == pytest.approx(100 * spearmanr(pairs, targets)[0], abs=0.1)
-    assert one["tamd"] == pytest.approx(1 - (P * T).sum(1).mean(), abs=1e-4)
-    best = 1 - (T @ T.mean(0)).mean() / np.linalg.norm(T.mean(0))
-    _, (a, b, best_one) = report.tables(found)["geometry"]
-    assert (a[2], a[4], b[2], best_one[4]) == ("", "", f"{one['tamd']:.3g}", f"{best:.3g}")
+    W = random_rows(2, 32, 8, dtype=torch.float32)
+    torch.save(list(W), bert / "projections.pt")
+    results = tmp_path / "results.json"
+    geometry.main([str(bert), "--teacher", str(cache), "--results", str(results)])
+    entry = read_json(results)[f"geometry/{bert}"]
+    layer = entry["layers"][1]
+    encoder = load_encoder(str(bert))
+    tokens, teacher, _ = Corpus(load_cache(str(cache)), encoder).batch(torch.arange(48))
+    E = encoder.model.eval()(**tokens, output_hidden_states=True).hidden_states[2][:, 0].detach()
+    i, j = np.triu_indices(48, 1)
+    cosines = cosine_similarity(E[i], E[j])
+    assert layer["spread"] == pytest.approx(1 - cosines.mean().item(), abs=1e-4)
+    rank = spearmanr(cosines, cosine_similarity(teacher[i], teacher[j])).statistic
+    assert layer["spearman"] == pytest.approx(100 * rank, abs=0.1)
+    tamd = 1 - cosine_similarity(E @ W[0], teacher).mean().item()
+    assert layer["tamd"] == pytest.approx(tamd, abs=1e-4)
+    best = normalize(teacher).mean(0)
+    loss = 1 - cosine_similarity(teacher, best[None]).mean().item()
+    assert read_json(results)["geometry/~"]["layers"][0]["tamd"] == pytest.approx(loss, abs=1e-4)
 
 
-def test_a_ratio_is_the_first_sides_time_to_the_seconds(monkeypatch):
-    clock, order = [0.0], []
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
-
-    def taking(seconds):
-        def step(rows):
-            order.append(seconds)
-            clock[0] += seconds if rows >= bench.WARM_UP else 50
-
-        return step
-
-    batches = range(bench.WARM_UP + 3)
-    assert bench.in_turn([taking(3), taking(2)], batches, CPU) == [[3000, 2000]] * 3
-    assert order[:6] == [2, 3, 3, 2, 2, 3]
-    sides = {key: f"{row['first']}/{row['second']}" for key, row in results.BENCH.items()}
-    wanted = {"asam": "talas/adamw", "simcse": "adamw/simcse", "plain": "talas/plain"}
-    wanted |= {"released": "released/talas", "bfloat16": "released/bfloat16", "memory": "/"}
-    assert sides == wanted | {"caching": "library/encode", "table3": "online/"}
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that steps let pass, in the place of the time that they take."""
+    passed = []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: sum(passed))
+    return passed
 
 
-def test_each_side_does_what_its_name_says(bert, cache, monkeypatch, tmp_path):
-    sizes, values, forward, step = [], [], BertModel.forward, talas.training_step
+def test_a_ratio_is_the_first_sides_time_to_the_seconds(monkeypatch, clock):
+    seconds = {"released": 3.0, "talas": 2.0}
+    monkeypatch.setattr(bench, "side", lambda name, *args: lambda rows: clock.append(seconds[name]))
+    cache = {"sentences": SENTENCES}
+    measured = bench.measure("released", cache, SimpleNamespace(turns=3), CPU)
+    assert measured == {"ratio": 1.5, "ms": [3000, 2000]}
+    assert clock[:4] == [2.0, 3.0, 3.0, 2.0]  # in turn, each first in half of them
 
-    @wraps(forward)
-    def counted(self, input_ids, **how):
-        sizes.append((len(input_ids), torch.is_autocast_enabled("cpu")))
-        return forward(self, input_ids=input_ids, **how)
 
+def test_table_3_by_hand(bert, cache, monkeypatch, clock):
+    seconds = dict.fromkeys(TABLE3, 1.0) | {"talas": 4.0, "adamw": 2.0, "cached": 320.0}
+    monkeypatch.setattr(bench, "side", lambda name, *args: lambda rows: clock.append(seconds[name]))
+    monkeypatch.setattr(bench, "peak_mb", lambda *args: 7.0)
+    args = SimpleNamespace(student=str(bert), teacher=str(bert), turns=2)
+    measured = bench.table3(load_cache(str(cache)), args, CPU)
+    assert measured["distill"]["ratio"] == {"adamw": 0.5, "talas": 0.25}
+    share = measured["cached"]  # 320 s for 32 batches, each used in 5 epochs: 2 s a step
+    assert (share["ms"], share["ratio"]) == (2000, {"adamw": 1.0, "talas": 0.5})
+    mb = sum(p.numel() for p in load_encoder(str(bert)).model.parameters()) * 4 / 2**20
+    assert measured["distill"]["teacher"] == 0
+    assert measured["distill"]["student"] == pytest.approx(mb)
+    assert measured["cdm"]["teacher"] == share["teacher"] == pytest.approx(mb / 2)  # bfloat16
+
+
+GAP = {"simcse", "tamd", "lasd", "loss", "sharpness_gap"}
+SIDES = [  # name, sentences that go through the student in a step, its values
+    pytest.param("talas", 2 * 64, GAP, id="talas"),
+    pytest.param("plain", 2 * 64, GAP, id="plain"),
+    pytest.param("bfloat16", 2 * 64, GAP, id="bfloat16"),
+    pytest.param("adamw", 64, {"simcse", "tamd", "lasd", "loss"}, id="adamw"),
+    pytest.param("simcse", 64, {"simcse", "loss"}, id="simcse"),
+    pytest.param("distill", 32, {"distillation", "loss"}, id="distill"),
+    pytest.param("distillcse", 64, {"simcse", "distillation", "loss"}, id="distillcse"),
+]
+
+
+@pytest.mark.parametrize("name, sentences, values", SIDES)
+def test_a_side_does_what_its_name_says(name, sentences, values, bert, cache, monkeypatch):
+    forward = BertModel.forward
+    training_step = talas.training_step
+    sizes, halves, steps = [], set(), []
+
+    def counted(self, input_ids, **options):
+        sizes.append(len(input_ids))
+        halves.add(torch.is_autocast_enabled("cpu"))
+        return forward(self, input_ids=input_ids, **options)
+
+    counted.__signature__ = __import__("inspect").signature(forward)
     monkeypatch.setattr(BertModel, "forward", counted)
-    monkeypatch.setattr(talas, "training_step", lambda *args: values.append(step(*args)))
-    terms, cse = {"simcse", "tamd", "lasd", "loss"}, {"distillation", "loss"}
-    gap = terms | {"sharpness_gap"}
-    for name, count, wanted in [  # sentences that go through the student in a step, and its losses
-        ("talas", 128, gap), ("plain", 128, gap), ("bfloat16", 128, gap), ("adamw", 64, terms),
-        ("simcse", 64, {"simcse", "loss"}), ("distill", 32, cse), ("stella", 32, cse),
-        ("distillcse", 64, cse | {"simcse"}), ("dskd", 96, cse | {"simcse"}),
-    ]:  # fmt: skip
-        asked = SimpleNamespace(student=str(bert), teacher=str(bert))  # whose 32 sentences count
-        one = bench.side(name, load_cache(str(cache)), asked, CPU)
-        sizes.clear()
-        one(torch.arange(32))
-        assert (sum(n for n, _ in sizes), values[-1].keys()) == (count, wanted), name
-        assert {half for _, half in sizes} == {name == "bfloat16"}
-        assert ([n for n, _ in sizes] == [32] * 4) is (name == "plain")  # a pass a view, whole
-    s, content, student = talas.Settings(), load_cache(str(cache)), load_encoder(str(bert))
-    batch, W = (
-        Corpus(content, student).batch(torch.arange(32)),
-        talas.new_projections(s, student, 8),
-    )
-    one, other = talas.Objective(student, W, s).eval(), bench.Plain(student, W, s).eval()
-    expected = one(*batch[:2])[0].item()
-    assert other(SENTENCES[:32], batch[1])[0].item() == pytest.approx(expected, rel=1e-5)
-    monkeypatch.setattr(bench, "WARM_UP", 0)
-    flags = ["--cache", str(cache), "--student", str(bert), "--results", str(tmp_path / "r.json")]
-    bench.main([*flags, "--turns", "1", "--device", "cpu", "--rows", "simcse", "memory"])
-    ((key, found),) = results.read_json(tmp_path / "r.json").items()
-    assert key == "bench/bert/cpu" and list(found["rows"]) == ["simcse", "memory"]
-    assert found["rows"]["memory"]["ratio"] == pytest.approx(1.0, abs=0.1)  # one copy of w
-    assert len(report.tables({key: found})["bench-bert-cpu"][1]) == 2
-    bench.main(
-        [*flags, "--turns", "1", "--device", "cpu", "--rows", "table3", "--teacher", str(bert)]
-    )
-    found = results.read_json(tmp_path / "r.json")[key]
-    mb = sum(p.numel() for p in student.model.parameters()) / 2**18
-    for name, side in found["table3"].items():
-        teacher = mb / 2 if name in ("cdm", "dskd", "emo", "cached") else 0  # in bfloat16
-        assert side["teacher"] == pytest.approx(teacher) and side["ms"] > 0
-        if name != "cached":  # gradients, two moments and a copy for ASAM at least
-            copies = 3 + (name == "talas")
-            assert side["student"] == pytest.approx(mb) and side["rest"] > 0.9 * copies * mb
-    assert list(found["table3"]) == list(results.TABLE3) and len(found["rows"]) == 2
+    monkeypatch.setattr(talas, "training_step", lambda *args: steps.append(training_step(*args)))
+    args = SimpleNamespace(student=str(bert), teacher=None)
+    step = bench.side(name, load_cache(str(cache)), args, CPU)
+    sizes.clear()
+    halves.clear()
+    step(torch.arange(32))
+    assert sum(sizes) == sentences
+    assert steps[0].keys() == values
+    assert halves == {name == "bfloat16"}
+    assert (sizes == [32] * 4) == (name == "plain")  # a pass for each view, of the whole batch
 
 
-# -------------------------------------------------------------------------------------- the tables
-def entry(row, seed, stsb, avg):
-    told = {"settings": {}, "history": {"step": [50, 100], "simcse": [0, 0], "tamd": [0.9, 0.5]}}
-    told["scores"] = {"stsb": stsb, "avg_in": 10.0, "avg_out": None, "avg": avg}
-    return results.Entry(told | {"pair": "B", "row": row, "seed": seed})
+def test_asam_needs_one_copy_of_the_weights(bert, cache):
+    args = SimpleNamespace(student=str(bert), teacher=None)
+    measured = bench.measure("memory", load_cache(str(cache)), args, CPU)
+    assert measured["ratio"] == pytest.approx(1.0, abs=0.1)
+
+
+# -------------------------------------------------------------------------------- tables and plots
+def entry(row, seed, stsb, avg, **more):
+    """An entry of pair B whose other tasks score 50."""
+    tasks = ["banking77", "tweet", "emotion", "mrpc", "scitail", "wic", "sick", "sts12"]
+    scores = dict.fromkeys(tasks, 50.0) | {"stsb": stsb}
+    scores |= {"avg_in": 10.0, "avg_out": None, "avg": avg}
+    return {"pair": "B", "row": row, "seed": seed, "scores": scores} | more
 
 
 BEFORE = entry("before", 42, 10.0, 10.0)
-T = [entry("T", 1, 1.0, 70.0), entry("T", 2, 2.0, 71.0), entry("T", 3, 4.0, 72.0)]
-STL = [entry("STL", 1, 3.0, 70.5), entry("STL", 3, 3.0, 74.5)]
+HISTORY = {"step": [50, 100], "simcse": [0, 0], "tamd": [0.9, 0.5]}
+T = [
+    entry("T", seed, stsb, 69.0 + seed, history=HISTORY) for seed, stsb in [(1, 7), (2, 8), (3, 9)]
+]
+STL = [entry("STL", 1, 20.0, 70.5, history=HISTORY), entry("STL", 3, 0.0, 74.5)]
+DISTILL = [entry("distill", 1, 1.0, 60.0), entry("distill-W-0.051-x1", 1, 1.0, 55.0)]
+ENTRIES = {str(key): run for key, run in enumerate([BEFORE, *T, *STL, *DISTILL])}
 
 
-def test_the_tables_by_hand():
-    # Avg: deviations of 70, 71, 72 are 1, 0, 1; of 70.5, 74.5 2 and 2, so 2.83. Chance: their
-    # squares 2 + 8, of 2 + 1 degrees of freedom, for which t at 0.975 is 3.182.
-    # STS-B: of 1, 2, 4 the mean is 7/3; the squares of -4/3, -1/3, 5/3 have the sum 42/9
-    entries = dict(enumerate([BEFORE, *T, *STL, entry("STL-detach_guide", 1, 1.0, 1.0)]))
-    entries[1] |= {"lambda_max": {"5": 1.0}}
-    entries[4] |= {"lambda_max": {"10": 3.0, "5": 4.0}}
-    found = report.tables({str(key): each for key, each in entries.items()})
-    stsb, avg = (f"{3.18245 * (2 * squares / 3) ** 0.5:.2f}" for squares in (42 / 9, 2 + 8))
-    assert found["main-B"] == (
-        ["", "STS-B", "Avg-In", "Avg-Out", "Avg"],
-        [
-            ["before", "10.00", "10.00", "–", "10.00"],
-            ["T", "2.33", "10.00 ± 0.00", "–", "71.00 ± 1.00"],
-            ["STL", "3.00", "10.00 ± 0.00", "–", "72.50 ± 2.83"],
-            ["chance", stsb, "0.00", "–", avg],
-        ],
-    )
-    assert len(found["scores-B"][1]) == 5
-    assert found["summary-B"][1][1] == ["TALAS without ASAM", "10.00 ± 0.00", "–", "72.50 ± 2.83"]
-    # with seeds 1 and 3, which both rows have: 70.5 - 70 and 74.5 - 72; an untrained has one
-    assert found["gains"][1] == [
-        ["TAMD alone: T − before", "", "+61.00 ± 1.00"],
-        ["SimCSE and LASD: STL − T", "+1.96, -0.27, +3.00", "+1.50 ± 1.41"],
-        ["A fixed guide in LASD: STL-detach_guide − STL", "", "-69.50"],
+def line(table, label):
+    """The row of a table that begins with a label."""
+    (row,) = [row for row in table if row[0].startswith(label)]
+    return row[1:]
+
+
+def test_scores_by_hand():
+    made = report.tables(ENTRIES)
+    assert made["main-B"][0][-4:] == ["STS-B", "Avg-In", "Avg-Out", "Avg"]
+    # Avg: 70, 71, 72 deviate from 71 by 1, 0, 1; 70.5, 74.5 from 72.5 by 2, 2, so √8
+    assert line(made["main-B"], "T")[-4:] == ["8.00", "10.00 ± 0.00", "–", "71.00 ± 1.00"]
+    assert line(made["summary-B"], "TALAS without")[-1] == "72.50 ± 2.83"
+    assert "distill-W-0.051-x1" not in [row[0] for row in made["main-B"]]
+
+
+def test_gains_by_hand():
+    made = report.tables(ENTRIES)
+    # t with one degree of freedom at 97.5 % is 12.706, with two 4.303
+    # STL and T have seeds 1 and 3: +0.5 and +2.5, mean 1.5, error √2 / √2; STS-B: +13, -9, mean 2
+    gain = line(made["gains"], "SimCSE and LASD: STL − T")
+    assert gain == ["+1.96, -0.27, +3.00", "+1.50 [-11.21, +14.21]", "1/9"]
+    # T - before: 60, 61, 62, error 1 / √3; an untrained student has one score for all seeds
+    assert line(made["gains"], "TAMD alone:") == ["", "+61.00 [+58.52, +63.48]", "0/9"]
+    talas_over_distill = report.tables(ENTRIES | {"x": entry("STLA", 1, 2.0, 58.0)})["methods"]
+    assert line(talas_over_distill, "TALAS over distill") == ["", "", "-2.00", "1/9"]
+
+
+def test_settings_sharpness_and_cost_by_hand():
+    made = report.tables(ENTRIES)
+    assert line(made["start"], "distill") == ["10.00", "60.00", "–", "–", "55.00"]
+    assert line(made["rates"], "STL") == ["–", "–", "–"]
+    curves = [
+        entry("T", 1, 1, 1, lambda_max={"5": 1.0}),
+        entry("T", 2, 1, 1, lambda_max={"5": 3.0}),
     ]
-    more = {"a": entry("STLA", 1, 1.0, 70.0), "b": entry("cdm", 1, 1.0, 62.5), "c": BEFORE}
-    assert report.tables(more)["methods"][1][1] == [
-        "TALAS over CDM: STLA − cdm", "+5.28, +4.65, +5.91", "+4.51, +4.78, +6.17", "+7.50",
-    ]  # fmt: skip
-    sides = {"talas": {"ms": 400.0}, "adamw": {"ms": 200.0}, "emo": {"ms": 1000.0, "rest": 7.0}}
-    cost = report.tables({"bench/x/cpu": {"rows": {}, "table3": sides}})["cost-x-cpu"][1]
-    assert cost[2] == ["EMO", "1000", "5.00", "6.27", "2.50", "3.26", "", "", "7"]  # 1223 / 195
-    rows = [["T", "1.00", "–"], ["STL", "4.00", "3.00"]]
-    assert found["sharpness-B"] == (["after epoch", "5", "10"], rows)
+    made = report.tables({"a": curves[0], "b": curves[1]})
+    assert line(made["sharpness-B"], "T") == ["–", "–", "–", "–", "2.00 ± 1.41"]
+    side = {"ms": 1000.0, "ratio": {"adamw": 5.04, "talas": 2.5}, "rest": 7.0}
+    benchmark = {"date": "2026-01-02", "rows": {}, "table3": {"emo": side}}
+    cost = report.tables({"bench/x/cpu": benchmark})["cost-x-cpu"]
+    assert cost[0][0] == "measured 2026-01-02"
+    assert cost[1] == ["EMO", "1000", "5.04", "6.27", "2.50", "3.26", "", "", "7"]  # 1223 / 195
 
 
 def test_a_file_is_filled_between_its_marks(tmp_path, ends_with_one_line):
-    table = (["", "λ_max", "50 %"], [["STL − T", "+1.50 ± 1.41", r"\x{1}"], ["a & #1", "–", "^~$"]])
-    assert report.latex(*table).splitlines()[1:-1] == [
-        r"\toprule", r" & $\lambda$\_max & 50 \% \\", r"\midrule",
-        r"STL $-$ T & +1.50 $\pm$ 1.41 & \textbackslash{}x\{1\} \\",
-        r"a \& \#1 & -- & \textasciicircum{}\textasciitilde{}\$ \\", r"\bottomrule",
-    ]  # fmt: skip
-    file, text, latex = tmp_path / "r.json", tmp_path / "text.md", tmp_path / "t.tex"
-
-    def fill(content, entries):
-        text.write_text(content)
-        file.write_text(json.dumps(entries))
-        report.main([str(text), "--results", str(file), "--latex", str(latex)])
-
-    good = {"B/before": BEFORE, "B/T/1": T[0]}
-    fill("a\n<!-- table:main-B -->\nold\n<!-- end -->\nb\n<!-- table:gains --><!-- end -->c", good)
-    filled = text.read_text()
-    assert "| T | 1.00 | 10.00 | – | 70.00 |\n<!-- end -->\nb\n" in filled and "old" not in filled
-    assert "% main-B\n\\begin{tabular}" in latex.read_text()
-    fill(filled, good)
-    assert text.read_text() == filled
-    for content, entries, *words in [
-        (
-            "<!-- table:main-B -->\nold\n<!-- table:gains --><!-- end -->",
-            good,
-            "main-B",
-            "left open",
-        ),
-        ("<!-- table:gains -->\nold", good, "gains", "left open", "text.md"),
-        ("<!-- table:x --><!-- end -->", good, "table x", "main-B"),
-        ("", {"B/T/1": {"pair": "B", "row": "T", "seed": 1}}, "'scores'"),
-        ("", {"bench/x": {"rows": {"asam": {"label": "x", "ratio": 1.0}}}}, "'ms'"),
-        ("", [], "no JSON object"),
-    ]:
-        ends_with_one_line(lambda content=content, entries=entries: fill(content, entries), *words)
-    ends_with_one_line(lambda: report.main(["--results", "nowhere.json"]), "--results")
+    made = {"x": [["", "a"], ["T", "1"]]}
+    text = "a <!-- table:x -->\nold\n<!-- end --> b <!-- table:x --><!-- end --> c"
+    filled = report.fill(text, made, "file")
+    table = "<!-- table:x -->\n|  | a |\n| --- | ---: |\n| T | 1 |\n<!-- end -->"
+    assert filled == f"a {table} b {table} c"
+    assert report.fill(filled, made, "file") == filled
+    open_table = "<!-- table:x --> old <!-- table:x --><!-- end -->"
+    ends_with_one_line(lambda: report.fill(open_table, made, "f.md"), "f.md", "left open")
+    unknown = "<!-- table:y --><!-- end -->"
+    ends_with_one_line(lambda: report.fill(unknown, made, "f.md"), "f.md", "table y")
 
 
-def test_the_texts_have_our_figures_and_commands():
-    found = report.tables(results.read_json(results.HERE / "results.json"))
+def test_the_texts_have_our_figures_and_commands(tmp_path):
+    made = report.tables(read_json(HERE / "results.json"))
     for path in (README, ROOT / "README.md"):
         text = path.read_text("utf-8")
-        assert report.fill(text, found, path) == text and "<!-- table:" in text
-    lines = [line.strip() for line in README.read_text("utf-8").replace("\\\n", " ").splitlines()]
-    f = next(line for line in lines if line.startswith("F=")).removeprefix("F=").strip('"')
-    commands = [line for line in lines if line.startswith("python study/run.py ")]
-    for line in commands:
-        args = run.parse_args(shlex.split(line.replace("$F", f), comments=True)[2:])
-        assert all(run.run(args, 42, args.pairs[0], row, check=True) for row in args.rows)
-    assert len(commands) >= 5
+        assert "<!-- table:" in text
+        assert report.fill(text, made, path) == text
+    commands = README.read_text("utf-8").replace("\\\n", " ").splitlines()
+    flags = next(line for line in commands if line.startswith('F="')).removeprefix('F="')
+    runs = [line.strip() for line in commands if line.startswith("python study/run.py ")]
+    assert len(runs) >= 5
+    for command in runs:
+        words = shlex.split(command.replace("$F", flags.strip('"')), comments=True)[2:]
+        run.parse_args([*words, f"--results={tmp_path}/new.json"])
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """{name of a picture: its axes}, of what plots.py draws."""
+    pytest.importorskip("matplotlib")
+    axes = {}
+    save = plots.save
+
+    def kept(figure, axis, path):
+        axes[Path(path).name] = figure.axes
+        save(figure, axis, path)
+
+    monkeypatch.setattr(plots, "save", kept)
+    return axes
+
+
+def test_plots_of_the_study(drawn, tmp_path):
+    plots.draw_all(ENTRIES, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(drawn)
+    (terms,) = drawn["B-terms.svg"]  # SimCSE, which is 0, is not drawn
+    assert terms.get_title() == "TAMD"
+    assert terms.lines[0].get_xydata().tolist() == [[50, 0.9], [100, 0.5]]
+    (scores,) = drawn["B-scores.svg"]
+    assert [mark.get_label() for mark in scores.lines] == ["T", "STL", "distill"]
+    assert scores.lines[0].get_ydata()[-1] == 8 - 10  # STS-B of T: the mean of 7, 8, 9
+    (starts,) = drawn["B-start.svg"]
+    assert [bar.get_height() for bar in starts.containers[0]] == [60 - 10, 0, 0, 55 - 10]
+
+
+def test_a_plot_of_runs_of_one_name(drawn, tmp_path, capsys):
+    folders = []
+    for parent, loss in (("a", 0.25), ("b", 0.5)):
+        lines = [{"step": 10, "tamd": loss}, {"step": 20, "tamd": loss, "lambda_max": 3.0}]
+        write_files(tmp_path / parent / "x", {"metrics.jsonl": lines})
+        folders.append(f"{tmp_path}/{parent}/x")
+    plots.main([*folders, "--output", f"{tmp_path}/run.svg"])
+    tamd, sharpness = drawn["run.svg"]
+    assert (tamd.get_title(), sharpness.get_title()) == ("TAMD", "λ_max")
+    assert [curve.get_label() for curve in tamd.lines] == folders
+    assert [curve.get_ydata()[0] for curve in tamd.lines] == [0.25, 0.5]
+    assert f"{tmp_path}/run.svg" in capsys.readouterr().out
