@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers import random_rows, small_bert
 from torch.nn import Parameter
-from torch.nn.functional import mse_loss
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import SGD, AdamW
 
@@ -19,31 +18,29 @@ from talas import ASAM, Objective, Settings, largest_hessian_eigenvalue, measure
 
 
 # ----------------------------------------------------------------------------- ASAM, Eqs. 2, 8, 9
-@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])  # of the gradient: the step is as long
-@pytest.mark.parametrize(
-    "adaptive, eta, T",
-    [
-        (True, 0.0, [1, 2]),  # ASAM: |w|
-        (True, 1.0, [2, 3]),  # |w| + eta
-        (False, 1.0, [1, 1]),  # SAM knows no eta
-    ],
-)
-def test_asam_by_hand(adaptive, eta, T, size):
-    w = Parameter(torch.tensor([1.0, -2.0]))
-    asam = ASAM(SGD([w], lr=0.1), 0.5, eta, adaptive)
-    w.grad = size * torch.tensor([3.0, -4.0])  # ∇L at w
+def test_asam_by_hand():
+    w = Parameter(torch.tensor([1.0, -3.0]))
+    asam = ASAM(SGD([w], lr=0.1), rho=0.5, eta=1.0)
+    w.grad = torch.tensor([1.5, -1.0])  # ∇L at w
     asam.ascent_step()
-    norm = math.sqrt((T[0] * 3) ** 2 + (T[1] * 4) ** 2)  # ‖T ∇L‖
-    perturbed = [1 + 0.5 * T[0] ** 2 * 3 / norm, -2 - 0.5 * T[1] ** 2 * 4 / norm]
-    assert w.tolist() == pytest.approx(perturbed)
-    w.grad = torch.tensor([5.0, 6.0])  # ∇L at w̃
+    # T = |w| + η = (2, 4). T ∇L = (3, -4), which has the norm 5. T² ∇L = (6, -16)
+    assert w.tolist() == pytest.approx([1 + 0.5 * 6 / 5, -3 - 0.5 * 16 / 5])
+    w.grad = torch.tensor([7.0, 8.0])  # ∇L at w̃
     asam.descent_step()
-    assert w.tolist() == pytest.approx([1 - 0.1 * 5, -2 - 0.1 * 6])
+    assert w.tolist() == pytest.approx([1 - 0.1 * 7, -3 - 0.1 * 8])
     assert w.grad is None
 
 
-def new_regression():
-    """A linear layer, and AdamW with a learning rate for each of its two parameters."""
+def test_sam_by_hand():
+    w = Parameter(torch.tensor([1.0, -3.0]))
+    w.grad = torch.tensor([3.0, -4.0])
+    ASAM(SGD([w]), rho=0.5, eta=1.0, adaptive=False).ascent_step()
+    # T = (1, 1), without η. ∇L has the norm 5
+    assert w.tolist() == pytest.approx([1 + 0.5 * 3 / 5, -3 - 0.5 * 4 / 5])
+
+
+def new_layer():
+    """A linear layer, and its optimizer, with a learning rate for each of two parameters."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(4, 3)
     groups = [{"params": [layer.weight]}, {"params": [layer.bias], "lr": 0.05}]
@@ -53,38 +50,37 @@ def new_regression():
 @pytest.mark.parametrize("adaptive, eta", [(True, 0.0), (True, 0.1), (False, 0.0)])
 def test_ten_steps_are_those_of_equation_2(adaptive, eta):
     """Here w is one vector, of all parameters."""
-    x = random_rows(20, 4, seed=0, dtype=torch.float32)
-    y = random_rows(20, 3, seed=1, dtype=torch.float32)
-    layer, adamw = new_regression()
+    x = random_rows(20, 4, dtype=torch.float32)
+    layer, adamw = new_layer()
     asam = ASAM(adamw, 0.5, eta, adaptive)
     for _ in range(10):
-        mse_loss(layer(x), y).backward()
+        layer(x).square().mean().backward()
         asam.ascent_step()
-        mse_loss(layer(x), y).backward()
+        layer(x).square().mean().backward()
         asam.descent_step()
 
-    expected, adamw = new_regression()
+    expected, adamw = new_layer()
     parameters = list(expected.parameters())
     for _ in range(10):
         w = parameters_to_vector(parameters).detach()
-        gradient = torch.autograd.grad(mse_loss(expected(x), y), parameters)
+        gradient = torch.autograd.grad(expected(x).square().mean(), parameters)
         gradient = parameters_to_vector(gradient)
         T = w.abs() + eta if adaptive else torch.ones_like(w)
         epsilon = 0.5 * T**2 * gradient / (T * gradient).norm()
         vector_to_parameters(w + epsilon, parameters)
         adamw.zero_grad()
-        mse_loss(expected(x), y).backward()
+        expected(x).square().mean().backward()
         vector_to_parameters(w, parameters)
         adamw.step()
     torch.testing.assert_close(layer.state_dict(), expected.state_dict())
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-23])
-def test_next_to_no_gradient_gives_no_ascent_step(size):
-    w = Parameter(torch.tensor([1.0, -2.0]))
-    w.grad = size * torch.tensor([3.0, -2.0])
-    ASAM(SGD([w]), rho=0.5).ascent_step()
-    assert w.tolist() == [1, -2]
+@pytest.mark.parametrize("size, length", [(1e6, 0.5), (1e-6, 0.5), (1e-23, 0), (0, 0)])
+def test_the_ascent_step_has_the_length_rho_unless_the_gradient_is_zero(size, length):
+    w = Parameter(torch.zeros(4))
+    w.grad = size * torch.ones(4)
+    ASAM(SGD([w]), rho=0.5, adaptive=False).ascent_step()
+    assert w.norm().item() == pytest.approx(length)
 
 
 def test_w_comes_back_to_the_bit():
@@ -100,18 +96,18 @@ def test_w_comes_back_to_the_bit():
 
 
 def test_a_parameter_without_gradient_stays():
-    w = Parameter(torch.tensor([1.0, 2.0]))
-    late = Parameter(torch.tensor([3.0, 4.0]))
+    w = Parameter(torch.ones(2))
+    late = Parameter(torch.ones(2))
     asam = ASAM(SGD([w, late], lr=0.5), rho=2.0)
     asam.ascent_step()  # no gradient at all
-    assert w.tolist() == [1, 2]
+    assert w.tolist() == [1, 1]
     w.grad = torch.ones(2)
     asam.ascent_step()
-    assert late.tolist() == [3, 4]
+    assert late.tolist() == [1, 1]
     late.grad = torch.ones(2)  # at w̃ it has one, and w none
     asam.descent_step()
-    assert w.tolist() == [1, 2]
-    assert late.tolist() == [3 - 0.5, 4 - 0.5]
+    assert w.tolist() == [1, 1]
+    assert late.tolist() == [1 - 0.5, 1 - 0.5]
 
 
 # --------------------------------------------------------------------------------- λ_max, Table 4
@@ -142,18 +138,18 @@ def quadratic(H, *parameters):
         [2.0, 2.0, 2.0],
         [1e-9, 2e-9, 3e-9],  # nearly flat
         [0.0, 0.0, 0.0],
+        [math.nan, math.nan],
     ],
 )
 def test_lambda_max_of_a_spectrum(spectrum, dtype):
     H = torch.diag(torch.tensor(spectrum, dtype=dtype))
     w = torch.ones(len(spectrum), dtype=dtype, requires_grad=True)
     lambda_max = largest_hessian_eigenvalue([partial(quadratic, H, w)], [w])
-    assert lambda_max == pytest.approx(max(spectrum), rel=0.01, abs=1e-12)
+    assert lambda_max == pytest.approx(max(spectrum), rel=0.01, abs=1e-12, nan_ok=True)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_lambda_max_of_a_random_matrix(seed):
-    H = random_rows(300, 300, seed=seed)
+def test_lambda_max_of_a_random_matrix():
+    H = random_rows(300, 300)
     H = H + H.T
     w = random_rows(300).requires_grad_()
     lambda_max = largest_hessian_eigenvalue([partial(quadratic, H, w)], [w])
@@ -168,7 +164,7 @@ def test_lambda_max_of_the_mean_of_several_losses():
     H = random_rows(3, 12, 12)
     H = H + H.mT
     losses = [partial(quadratic, H_n, a, b) for H_n in H]
-    lambda_max = largest_hessian_eigenvalue(losses, iter([a, b, unused]))
+    lambda_max = largest_hessian_eigenvalue(losses, [a, b, unused])
     expected = torch.linalg.eigvalsh(H.mean(dim=0))[-1]
     assert lambda_max == pytest.approx(expected.item(), rel=0.01)
 
@@ -176,12 +172,6 @@ def test_lambda_max_of_the_mean_of_several_losses():
 def test_lambda_max_of_a_linear_loss_is_zero():
     w = random_rows(4).requires_grad_()
     assert largest_hessian_eigenvalue([w.sum], [w]) == 0
-
-
-def test_lambda_max_of_a_loss_that_is_not_finite_is_nan():
-    w = torch.full([4], math.nan, requires_grad=True)
-    lambda_max = largest_hessian_eigenvalue([partial(quadratic, torch.eye(4) * w, w)], [w])
-    assert math.isnan(lambda_max)
 
 
 @pytest.fixture
