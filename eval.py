@@ -6,14 +6,15 @@
 
 Classification: macro F1 of a logistic regression on the frozen embeddings of the full training
 split. Pair classification: average precision of the cosine. STS: Spearman correlation of the
-cosine. Embeddings are the pooled vectors as they are, not normalised.
+cosine. Embeddings are the pooled vectors, not normalised.
 """
 
 import argparse
+import traceback
 import warnings
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -24,218 +25,296 @@ from sklearn.metrics import average_precision_score, f1_score
 from cache_teacher import fit_lsa
 from demo.tiny import tiny_student
 from support import attempt, fail, interruptible
-from support.data import DEMO, HUB, IN_DOMAIN, is_word, load_hub_split, read_table, unique_corpus
-from support.encoder import encode, tokenize
+from support.data import DEMO, HUB, IN_DOMAIN, load_hub_split, read_table, unique_corpus
+from support.encoder import Encoder, encode, tokenize
 from support.files import check_output, positive, read_json, write_json
 from support.loading import load_encoder
 from support.run import pick_device
 
-KINDS = {  # the metric of each kind of task, which is read off its columns
+COLUMNS = {  # metric -> the columns of its tasks, the target last
     "F1": ("text", "label"),
     "AP": ("sentence1", "sentence2", "label"),
     "Spearman": ("sentence1", "sentence2", "score"),
 }
-AVERAGES = ("avg_in", "avg_out", "avg")
+AVERAGES = {"avg_in": "Avg-In*", "avg_out": "Avg-Out", "avg": "Avg"}  # key -> name in the table
+POOLINGS = {"auto", "cls", "mean", "last"}
+TINY_SEED = 42  # the default --seed of talas.py
+
+
+class Task(NamedTuple):
+    """A task's metric and its rows; only F1 has training rows."""
+
+    metric: str
+    test: list
+    train: list
 
 
 # -------------------------------------------------------------------------------------- the scores
 def cosine(a, b):
-    """Cosine similarity of matching rows: two (n, d) -> (n,); 0 where a vector is zero."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
+    """Cosine similarity of matching rows: two (n, d) -> (n,); 0 where a vector is zero.
+
+    Rounded to 12 digits, so that pairs of equal sentences are ties whatever their rounding errors.
+    """
+    a = a.astype(np.float64)
+    b = b.astype(np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return (a * b).sum(1) / np.where(norms > 0, norms, 1.0)
+    cosines = (a * b).sum(1) / np.where(norms > 0, norms, 1.0)
+    return cosines.round(12)
 
 
 def macro_f1(train, train_labels, test, test_labels, name="task", iterations=1000):
     """Macro F1, in percent, of a logistic regression fitted on the training embeddings (n, d)."""
-    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # we say it
-        model = LogisticRegression(max_iter=iterations).fit(train, train_labels)
+    model = LogisticRegression(max_iter=iterations)  # in the embeddings' own type, float32
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+        model.fit(train, train_labels)
     if model.n_iter_.max() >= iterations:
-        print(f"{name}: the logistic regression stopped unconverged after {iterations} iterations")
+        print(f"{name}: the logistic regression did not converge in {iterations} iterations")
     return 100 * f1_score(test_labels, model.predict(test), average="macro")
 
 
-def average_precision(a, b, labels):
-    """Average precision, in percent, of the cosine between two (n, d) as the score of label 1."""
-    return 100 * average_precision_score(labels, cosine(a, b))
+def gather(embeddings, rows, column):
+    """The embeddings of one column's sentences: {text: (d,)}, n rows -> (n, d)."""
+    return np.stack([embeddings[row[column]] for row in rows])
 
 
-def spearman(a, b, scores):
-    """Spearman correlation, in percent, of the cosine between two (n, d) with the gold scores."""
-    return 100 * spearmanr(cosine(a, b), scores).statistic
-
-
-def score(task, name, vectors):
-    """One task's score in percent; `vectors` maps n sentences to (n, d)."""
-    test = [[row[column] for row in task["test"]] for column in KINDS[task["kind"]]]
-    if task["kind"] == "F1":
-        texts, labels = zip(*[(row["text"], row["label"]) for row in task["train"]])
-        return macro_f1(vectors(texts), labels, vectors(test[0]), test[1], name)
-    a, b, gold = vectors(test[0]), vectors(test[1]), test[2]
-    if np.ptp(cosine(a, b)) <= 1e-6:  # all the same up to rounding: they rank nothing
+def score(name, task, embeddings):
+    """A task's score in percent; embeddings: {text: (d,)} with all of its sentences."""
+    target = COLUMNS[task.metric][-1]
+    gold = [row[target] for row in task.test]
+    if task.metric == "F1":
+        train = gather(embeddings, task.train, "text")
+        train_labels = [row["label"] for row in task.train]
+        return macro_f1(train, train_labels, gather(embeddings, task.test, "text"), gold, name)
+    first = gather(embeddings, task.test, "sentence1")
+    cosines = cosine(first, gather(embeddings, task.test, "sentence2"))
+    if np.ptp(cosines) <= 1e-6:
         fail(f"no score on {name}: all its pairs have the same cosine")
-    return average_precision(a, b, gold) if task["kind"] == "AP" else spearman(a, b, gold)
+    if task.metric == "AP":
+        return 100 * average_precision_score(gold, cosines)
+    return 100 * spearmanr(cosines, gold).statistic
 
 
 # --------------------------------------------------------------------------------------- the tasks
+def data_folder(data):
+    """The folder that --data names."""
+    return DEMO if data == "demo" else Path(data)
+
+
 def load_tasks(data, names):
-    """({task: {"kind", "test", "train"}}, in-domain names), in Table 1's order, then by kind.
+    """({name: Task}, names of the in-domain tasks), in Table 1's order, then by metric.
 
-    data: demo, hub or a directory; names: some of the tasks, or None for all.
+    data: demo, hub or a folder; names: the tasks to load, None for all.
     """
-    if is_word(data, "hub"):
-        there, in_domain, read = list(HUB), IN_DOMAIN, load_hub_split
+    if data == "hub":
+        available = list(HUB)
+        in_domain = IN_DOMAIN
     else:
-        folder = DEMO if is_word(data, "demo") else Path(data)
-        there = sorted(path.name for path in folder.glob("[!._]*/"))
-        read, in_domain, named = partial(read_split, folder), IN_DOMAIN, folder / "tasks.json"
-        if named.exists():
-            with attempt(f'read {named} as {{"in_domain": [tasks]}}', KeyError, TypeError):
-                in_domain = read_json(named)["in_domain"]
-                unknown = set(in_domain) - set(there)
-            if unknown:
-                fail(f"{named}: in_domain names {unknown}, the tasks are {', '.join(there)}")
-    if not there:
+        folder = data_folder(data)
+        available = sorted(path.name for path in folder.glob("[!._]*/"))
+        in_domain = read_in_domain(folder / "tasks.json", available)
+    if not available:
         fail(f"--data {data} is neither demo nor hub, nor a folder with TASK/test.jsonl in it")
-    names = names or there
-    if unknown := set(names) - set(there):
-        fail(f"no task {', '.join(unknown)} in {data}; there are: {', '.join(there)}")
-    if clash := set(names) & set(AVERAGES):
-        fail(f"a task can't be called {clash.pop()}, as an average is; rename its folder")
-    tasks = {name: load_task(name, read) for name in names}
-    places = [*HUB, *(name for kind in KINDS for name in tasks if tasks[name]["kind"] == kind)]
-    return {name: tasks[name] for name in sorted(tasks, key=places.index)}, in_domain
+    names = names or available
+    unknown = set(names) - set(available)
+    if unknown:
+        fail(f"no task {', '.join(unknown)} in {data}; there are: {', '.join(available)}")
+    tasks = {name: load_task(data, name) for name in names}
+    order = [name for name in HUB if name in tasks]
+    for metric in COLUMNS:
+        order += [name for name in names if tasks[name].metric == metric and name not in HUB]
+    return {name: tasks[name] for name in order}, in_domain
 
 
-def read_split(folder, task, split):
-    """The rows of a task's split, from a .jsonl or, where there is none, a .csv file."""
-    path = folder / task / f"{split}.jsonl"
-    table = path.with_suffix(".csv")
-    return read_table(path if path.exists() or not table.exists() else table)
+def read_in_domain(path, available):
+    """The names of the in-domain tasks in a tasks.json; the paper's if there is no such file."""
+    if not path.exists():
+        return IN_DOMAIN
+    with attempt(f'read {path} as {{"in_domain": [task names]}}', KeyError, TypeError):
+        in_domain = read_json(path)["in_domain"]
+        if not isinstance(in_domain, list):
+            raise TypeError(f"in_domain is {in_domain!r}")
+    unknown = set(in_domain) - set(available)
+    if unknown:
+        fail(f"{path}: in_domain names {unknown}, but the tasks are {', '.join(available)}")
+    return in_domain
 
 
-def classes(labels):
-    """Labels as whole numbers if they all are, so that their order is the numbers'; else text."""
-    with suppress(ValueError):
-        numbers = [float(label) for label in labels]
-        if all(map(float.is_integer, numbers)):
-            return numbers
-    return [str(label) for label in labels]
+def read_split(data, task, split):
+    """The rows of a task's split: from the Hub, a .jsonl file, or a .csv file if there is none."""
+    if data == "hub":
+        return load_hub_split(task, split)
+    folder = data_folder(data) / task
+    jsonl = folder / f"{split}.jsonl"
+    table = folder / f"{split}.csv"
+    return read_table(table if table.exists() and not jsonl.exists() else jsonl)
 
 
-def load_task(name, read):
-    """A task that can be scored, of the rows read(name, split); else the program ends."""
-    test = read(name, "test")
-    found = list(test[0]) if test else ["no row"]
-    kinds = [kind for kind, columns in KINDS.items() if set(columns) <= set(found)]
-    if len(kinds) != 1:
-        known = " or ".join(map(",".join, KINDS.values()))
-        fail(f"{name}: test has the columns {','.join(found)}; one kind of task has {known}")
-    kind, *texts, target = kinds[0], *KINDS[kinds[0]]
-    task = {"kind": kind, "test": test, "train": read(name, "train") if kind == "F1" else []}
-    for split in ("train", "test"):
-        for number, row in enumerate(task[split], 1):
-            with attempt(f"use row {number} of {name}, {split}", TypeError, ValueError):
-                value = row.get(target)
-                if value in {"", None} or value != value:
-                    raise ValueError(f"its {target} is missing")
-                if not all(isinstance(row.get(column), str) for column in texts):
-                    raise ValueError(f"its {' or '.join(texts)} is not text")
-                row[target] = value if kind == "F1" else float(value)
-    if kind == "F1":
-        rows = task["train"] + task["test"]
-        for row, label in zip(rows, classes([row["label"] for row in rows])):
-            row["label"] = label
-    values, learnt = ({row[target] for row in task[split]} for split in ("test", "train"))
-    if len(values) < 2:
+def load_task(data, name):
+    """A Task that can be scored; otherwise the program ends."""
+    test = read_split(data, name, "test")
+    metric = metric_of(name, test)
+    train = read_split(data, name, "train") if metric == "F1" else []
+    for split, rows in {"train": train, "test": test}.items():
+        for number, row in enumerate(rows, 1):
+            with attempt(f"use row {number} of {name}, {split}", ValueError):
+                check_row(row, metric)
+    target = COLUMNS[metric][-1]
+    gold = {row[target] for row in test}
+    if len(gold) < 2:
         fail(f"{name}: every row has the same {target}, so there is nothing to measure")
-    if kind == "AP" and values != {0, 1}:
-        fail(f"{name}: labels must be 0 or 1; found {sorted(values)[:5]}")
-    if kind == "F1" and not values <= learnt:
-        fail(f"{name}: test has labels that train lacks: {sorted(values - learnt)[:5]}")
-    return task
+    if metric == "AP" and gold != {0, 1}:
+        fail(f"{name}: labels must be 0 or 1; found {sorted(gold)[:5]}")
+    if metric == "F1":
+        unknown = gold - {row["label"] for row in train}
+        if unknown:
+            fail(f"{name}: test has labels that train lacks: {sorted(unknown)[:5]}")
+        number_classes(train + test)
+    return Task(metric, test, train)
+
+
+def metric_of(name, rows):
+    """The metric of a task, from its columns."""
+    columns = list(rows[0]) if rows else ["no row"]
+    metrics = [metric for metric, needed in COLUMNS.items() if set(needed) <= set(columns)]
+    if len(metrics) != 1:
+        fail(
+            f"{name}: test has the columns {','.join(columns)}; a task has "
+            "text,label or sentence1,sentence2,label or sentence1,sentence2,score"
+        )
+    return metrics[0]
+
+
+def check_row(row, metric):
+    """Make a row's target a number, or text if it is a class; ValueError if a cell is wrong."""
+    *texts, target = COLUMNS[metric]
+    for column in texts:
+        if not isinstance(row.get(column), str):
+            raise ValueError(f"its {column} is not text")
+    value = row.get(target)
+    if not isinstance(value, (str, int, float)) or value == "" or value != value:
+        raise ValueError(f"its {target} is missing, or neither text nor a number")
+    if metric == "F1":
+        row[target] = str(value).removesuffix(".0")  # 1 and 1.0 are one class, "1" and "01" are two
+        return
+    row[target] = float(value)
+    if not np.isfinite(row[target]):
+        raise ValueError(f"its {target} is {value}")
+
+
+def number_classes(rows):
+    """Replace the labels by 0, 1, ...: in order of number if all are numbers, else of text."""
+    order = sorted({row["label"] for row in rows})
+    with suppress(ValueError):
+        order.sort(key=float)
+    for row in rows:
+        row["label"] = order.index(row["label"])
 
 
 # -------------------------------------------------------------------------------------- the models
 def load_model(name, pooling, args):
-    """A function (n texts, label of its bar) -> (n, d) of a directory, a Hub id, lsa or tiny."""
-    how = {"pooling": pooling, "max_length": args.max_length, "device": pick_device(args.device)}
-    if is_word(name, "lsa", "tiny"):  # which cache_teacher.py and talas.py make of a corpus
-        corpus = (DEMO if args.data == "demo" else Path(args.data)) / "corpus.jsonl"
-        if not corpus.exists():
-            fail(f"{name} belongs to the demo; with --data {args.data} it needs {corpus}")
-        sentences = unique_corpus(str(corpus))[0]
+    """The Encoder of a folder, a Hub id or tiny; for lsa, scikit-learn's pipeline."""
+    if name not in ("lsa", "tiny"):
+        device = pick_device(args.device)
+        return load_encoder(name, pooling, args.max_length, device=device)
+    corpus = data_folder(args.data) / "corpus.jsonl"
+    if not corpus.exists():
+        fail(f"{name} belongs to the demo; with --data {args.data} it needs {corpus}")
+    sentences, *_ = unique_corpus(str(corpus))
     if name == "lsa":
-        lsa = fit_lsa(sentences)
-        return lambda texts, label: lsa.transform(texts)
-    encoder = tiny_student(sentences, 42, **how) if name == "tiny" else load_encoder(name, **how)
-    n = args.batch_size
-    return lambda texts, label: encode(encoder, tokenize(encoder, texts), n, label).numpy()
+        return fit_lsa(sentences)
+    return tiny_student(sentences, TINY_SEED, pooling, args.max_length, pick_device(args.device))
+
+
+def embed(model, texts, batch_size, label):
+    """Embeddings of n texts, (n, d); label: of the progress bar."""
+    if isinstance(model, Encoder):
+        return encode(model, tokenize(model, texts), batch_size, label).numpy()
+    return model.transform(texts)
+
+
+def mean(scores):
+    """Their mean; None if there are none."""
+    return float(np.mean(scores)) if scores else None
 
 
 def evaluate(name, pooling, tasks, in_domain, args):
     """{task: score in percent, ..., "avg_in", "avg_out", "avg"}; a mean over no task is None."""
-    embed, known, scores = load_model(name, pooling, args), {}, {}  # each text is embedded once
+    model = load_model(name, pooling, args)
+    embeddings = {}  # text -> (d,); each text is embedded once
+    scores = {}
     for task_name, task in tasks.items():  # one by one: a score does not depend on other tasks
-        rows, columns = task["train"] + task["test"], KINDS[task["kind"]][:-1]
-        texts = dict.fromkeys(row[column] for row in rows for column in columns)
-        if new := [text for text in texts if text not in known]:
-            vectors = embed(new, f"{Path(name).name} {task_name}")
+        texts = {}  # its keys: the new ones, in their order
+        for row in task.train + task.test:
+            for column in COLUMNS[task.metric][:-1]:
+                if row[column] not in embeddings:
+                    texts[row[column]] = None
+        if texts:
+            label = f"{Path(name).name} {task_name}"
+            vectors = embed(model, list(texts), args.batch_size, label)
             if not np.isfinite(vectors).all():
                 fail(f"{name} gives embeddings that are not finite numbers; is it damaged?")
-            known.update(zip(new, vectors))
-        result = score(task, task_name, lambda texts: np.stack([known[text] for text in texts]))
-        scores[task_name] = float(result)
-    inside = [scores[task] for task in tasks if task in in_domain]
-    outside = [scores[task] for task in tasks if task not in in_domain]
-    means = [float(np.mean(some)) if some else None for some in (inside, outside, inside + outside)]
-    return scores | dict(zip(AVERAGES, means))
+            embeddings.update(zip(texts, vectors))
+        scores[task_name] = float(score(task_name, task, embeddings))
+    inside = [value for task, value in scores.items() if task in in_domain]
+    outside = [value for task, value in scores.items() if task not in in_domain]
+    scores["avg_in"] = mean(inside)
+    scores["avg_out"] = mean(outside)
+    scores["avg"] = mean(inside + outside)
+    return scores
 
 
 def markdown(results, tasks, in_domain):
-    """The scores as a table like Table 1: a row a model, in percent."""
-    header = [task + "*" * (task in in_domain) for task in tasks]
-    rows = [["model", *header, "Avg-In*", "Avg-Out", "Avg"]]
-    for name, scores in results.items():
-        values = [scores[key] for key in (*tasks, *AVERAGES)]
-        rows.append([name, *("–" if value is None else f"{value:.2f}" for value in values)])
-    rows.insert(1, ["---", *["---:"] * len(rows[0][1:])])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    metrics = ", ".join(f"{name} {task['kind']}" for name, task in tasks.items())
+    """The scores in percent as a Markdown table like Table 1, a row for each model."""
+    titles = {task: f"{task}*" if task in in_domain else task for task in tasks}
+    width = max(len(name) for name in ("model", *results))
+    columns = [[cell.ljust(width) for cell in ("model", "---", *results)]]
+    for key, title in (titles | AVERAGES).items():
+        column = [title, "---:"]
+        for scores in results.values():
+            value = scores[key]
+            column.append("–" if value is None else f"{value:.2f}")
+        width = max(len(cell) for cell in column)
+        columns.append([cell.rjust(width) for cell in column])
+    lines = [f"| {' | '.join(row)} |" for row in zip(*columns)]
+    metrics = ", ".join(f"{name} {task.metric}" for name, task in tasks.items())
     return "\n".join([*lines, "", f"{metrics}; * in-domain"])
 
 
 # ------------------------------------------------------------------------------------ command line
 def parse_args(argv):
-    """The command line; args.pooling becomes one for each model."""
+    """The command line; args.tasks becomes a list, args.pooling a list with one for each model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    flag, parser.error, listed = parser.add_argument, fail, lambda text: text.split(",")
-    models = "directories, Hub ids, lsa (the demo's teacher), tiny (its student, untrained)"
+    parser.error = fail
+    flag = parser.add_argument
+    models = (
+        "folders; Hub ids; lsa: the demo's teacher; "
+        f"tiny: its student, untrained, of seed {TINY_SEED}"
+    )
     flag("models", nargs="*", default=["student"], help=models)
     flag("--data", default="demo", help="demo; hub: the paper's nine; or a folder of tasks")
-    flag("--tasks", type=listed, help="some of the tasks: a,b,c")
-    flag("--json", help="write the scores to this file, too, in the place of earlier ones")
-    flag(
-        "--pooling", type=listed, default="auto", help="auto, cls, mean, last; or one a model: a,b"
-    )
-    flag("--batch_size", type=positive, default=32, help="sentences a forward pass")
+    flag("--tasks", help="some of the tasks: a,b,c")
+    flag("--json", help="also write the scores to this file; replaces earlier scores")
+    flag("--pooling", default="auto", help="auto, cls, mean, last; or one for each model: a,b")
+    flag("--batch_size", type=positive, default=32, help="sentences in a forward pass")
     flag("--max_length", type=positive, default=256, help="tokens; longer sentences are cut")
     flag("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
     args = parser.parse_args(argv)
     if len(set(args.models)) < len(args.models):
-        fail(f"{' '.join(args.models)}: a model stands there twice; give one another name, as ./x")
+        fail(
+            f"the same model is listed twice: {' '.join(args.models)}; write one of them as ./NAME"
+        )
+    if args.tasks is not None:
+        args.tasks = args.tasks.split(",")
+    args.pooling = args.pooling.split(",")
     if len(args.pooling) == 1:
-        args.pooling = args.pooling * len(args.models)
-    known = {"auto", "cls", "mean", "last"}
-    if len(args.pooling) != len(args.models) or not set(args.pooling) <= known:
-        fail(f"--pooling {args.pooling}: give auto, cls, mean or last, once or for each model")
+        args.pooling *= len(args.models)
+    if len(args.pooling) != len(args.models) or not POOLINGS.issuperset(args.pooling):
+        fail(f"--pooling must be auto, cls, mean or last, once or for each model: {args.pooling}")
     if args.json is not None:
         check_output("--json", args.json)
-        text = Path(args.json).read_text("utf-8", "replace") if Path(args.json).exists() else ""
-        if text and '"avg_out"' not in text:
-            fail(f"{args.json} holds something else than scores; choose another --json")
+        content = Path(args.json).read_bytes() if Path(args.json).exists() else b""
+        if content and b'"avg_out"' not in content:
+            fail(f"{args.json} contains something other than scores; choose another --json")
     return args
 
 
@@ -243,21 +322,25 @@ def main(argv=None):
     """The command line: load the tasks, score each model that can be scored, print the table."""
     args = parse_args(argv)
     results = {}
-    with interruptible("the models that were scored are in the --json file, if there is one"):
+    with interruptible("the scores so far, if any, are in the table above"):
         tasks, in_domain = load_tasks(args.data, args.tasks)
-        for name, pooling in zip(args.models, args.pooling):
-            try:
-                results[name] = evaluate(name, pooling, tasks, in_domain, args)
-            except SystemExit:  # its line is on the screen; the others' scores are not lost
-                if len(args.models) == 1:
-                    raise
-                continue
-            if args.json:
-                write_json(args.json, results)
-    if results:
-        print("\n" + markdown(results, tasks, in_domain))
-    if failed := [name for name in args.models if name not in results]:
-        fail(f"no scores of {', '.join(failed)}; the reason stands above")
+        try:
+            for name, pooling in zip(args.models, args.pooling):
+                try:
+                    results[name] = evaluate(name, pooling, tasks, in_domain, args)
+                except (Exception, SystemExit) as error:  # the other models are scored
+                    if len(args.models) == 1:
+                        raise
+                    if isinstance(error, Exception):
+                        traceback.print_exc()
+                if args.json and results:
+                    write_json(args.json, results)
+        finally:  # after Ctrl-C, too
+            if results:
+                print("\n" + markdown(results, tasks, in_domain))
+    failed = [name for name in args.models if name not in results]
+    if failed:
+        fail(f"no scores for {', '.join(failed)}; see the error above")
 
 
 if __name__ == "__main__":
