@@ -26,7 +26,7 @@ from cache_teacher import load_cache
 from demo import tiny
 from support import attempt, fail, interruptible
 from support.data import Corpus
-from support.encoder import pooled_layers, rehearse, save_encoder
+from support.encoder import dry_run, pooled_layers, save_encoder
 from support.loading import load_encoder
 from support.run import (
     RESUME_ADVICE,
@@ -484,7 +484,7 @@ def main(argv=None):
         encoder = load_student(s, cache["sentences"])
         corpus = Corpus(cache, encoder)
         check_fit(s, corpus)
-        rehearse(encoder, corpus, two_views=s.lambda1 > 0)
+        dry_run(encoder, corpus, s.output, two_views=s.lambda1 > 0)
         objective = Objective(encoder, new_projections(s, encoder, corpus.d_T), s)
         train(s, corpus, objective)
         finish(s, cache, objective)

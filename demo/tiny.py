@@ -1,9 +1,7 @@
 """The demo's student, `--student tiny`: a small BERT with random weights, nothing to download."""
 
-import json
-
 import torch
-from tokenizers import BertWordPieceTokenizer, Tokenizer
+from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from support.encoder import Encoder
@@ -17,7 +15,15 @@ SIZES = {
     "intermediate_size": 128,
     "attention_probs_dropout_prob": 0.0,
 }
-VOCABULARY, POSITIONS = 4000, 512
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+VOCABULARY = 4000  # word pieces
+POSITIONS = 512  # tokens, BERT's own limit
 
 
 def tiny_student(sentences, seed, pooling="auto", max_length=256, device="cpu"):
@@ -25,25 +31,21 @@ def tiny_student(sentences, seed, pooling="auto", max_length=256, device="cpu"):
     wordpiece = BertWordPieceTokenizer()
     letters = sorted(set(wordpiece.normalize("".join(sentences))) - {" "})
     # naming the "##" letters fixes the trainer's order, which otherwise changes from run to run
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"##{letter}" for letter in letters)]
-    wordpiece.train_from_iterator(
-        sentences, VOCABULARY, special_tokens=special, show_progress=False
-    )
+    first = [*SPECIAL_TOKENS.values(), *(f"##{letter}" for letter in letters)]
+    wordpiece.train_from_iterator(sentences, VOCABULARY, special_tokens=first, show_progress=False)
     vocabulary = wordpiece.get_vocab()
-    tokenizer = BertTokenizer(vocab=vocabulary).backend_tokenizer.to_str()
-    about = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
-    about |= {"model_max_length": POSITIONS, "pad_token": "[PAD]", "cls_token": "[CLS]"}
-    about |= {"sep_token": "[SEP]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
-    files = {"tokenizer.json": tokenizer, "tokenizer_config.json": json.dumps(about, indent=2)}
+    tokenizer = BertTokenizer(vocab=vocabulary).backend_tokenizer
+    max_length = min(max_length, POSITIONS)
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BertModel(BertConfig(vocab_size=len(vocabulary), **SIZES))
     return Encoder(
         model=model.to(device),
-        tokenizer=Tokenizer.from_str(tokenizer),
-        files={name: text.encode() for name, text in files.items()},
+        tokenizer=tokenizer,
+        special_tokens=SPECIAL_TOKENS,
         pooling="cls" if pooling == "auto" else pooling,
-        max_length=min(max_length, POSITIONS),
-        lower=False,
+        max_length=max_length,
         widths=(SIZES["hidden_size"],) * SIZES["num_hidden_layers"],
     )

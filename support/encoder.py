@@ -1,10 +1,9 @@
 """An encoder and its pooling: sentences tokenised, padded, embedded; the model saved.
 
-N is a batch's size, T its longest sentence in tokens, d the model's width.
+N is the size of a batch, T its longest sentence in tokens, d the model's width.
 """
 
 import inspect
-import json
 import tempfile
 from array import array
 from dataclasses import dataclass
@@ -12,22 +11,41 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tokenizers
 import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from support import attempt, fail
 from support.files import digest, write_json
 from support.run import progress
 
-PIECE = 16  # rows of a piece of a batch on a CPU, which gains by less padding
-PROBES = ["The Capital of France", "naïve Straße, two  blanks?", "3.14 and 北京!", "a"]
-POOLING_FLAGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
-POOLING_FLAGS["pooling_mode_lasttoken"] = "last"  # all versions of sentence-transformers read these
-MODULES = [
-    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-]
+PIECE = 16  # sentences of a piece of a batch on a CPU, which gains by less padding
+SLICE = 1_000  # sentences tokenised at once: the library's own output is far larger than the ids
+POOLING_FLAGS = {  # those of sentence-transformers, which all its versions read
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "last": "pooling_mode_lasttoken",
+}
+
+
+def pool(hidden, attention_mask, pooling):
+    """Sentence embeddings from token states (Section 3): (N, T, d), (N, T) -> (N, d).
+
+    pooling: cls (the first token), mean or last ([EOS]), else ValueError. Padding: on either side.
+    """
+    rows = torch.arange(len(hidden), device=hidden.device)
+    mask = attention_mask.int()
+    if pooling == "cls":
+        first = mask.argmax(1)  # the position of the first 1
+        return hidden[rows, first]
+    if pooling == "last":
+        last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+        return hidden[rows, last]
+    if pooling == "mean":
+        weights = mask / mask.sum(1, keepdim=True)  # before the sum, which could overflow float16
+        return torch.einsum("nt,ntd->nd", weights.to(hidden.dtype), hidden)
+    raise ValueError(f"pooling must be cls, mean or last, not {pooling!r}")
 
 
 @dataclass(frozen=True)
@@ -35,12 +53,12 @@ class Encoder:
     """A transformers model, its tokenizer, and how a sentence becomes one vector."""
 
     model: torch.nn.Module
-    tokenizer: tokenizers.Tokenizer  # as tokenizer.json has it, with no padding
-    files: dict  # name -> bytes: the tokenizer files that the model came with
+    tokenizer: Tokenizer  # tokenizer.json's, cutting at max_length, without padding
+    special_tokens: dict  # such as {"pad_token": "[PAD]"}, for other programs
     pooling: str  # "cls", "mean" or "last"
     max_length: int  # tokens; longer sentences are cut
-    lower: bool  # sentence-transformers' own do_lower_case
     widths: tuple  # of each of the L layers
+    normalize: bool = False  # whether other programs normalise the embedding; here it never is
 
     @property
     def layers(self):
@@ -54,92 +72,89 @@ class Encoder:
 
     def identity(self):
         """A hash of all that makes it but the weights."""
-        facts = [self.model.config.to_json_string(), self.pooling, self.max_length, self.lower]
-        return digest(facts, *(self.files[name] for name in sorted(self.files)))
+        config = self.model.config.to_json_string()
+        return digest([config, self.tokenizer.to_str(), self.pooling])
 
 
 class Tokens(NamedTuple):
-    """n sentences as token ids, end to end."""
+    """n sentences as token ids in one array: far less memory than n lists.
 
-    ids: np.ndarray  # int32
-    types: np.ndarray | None  # token_type_ids, where a model takes them and they are not all 0
-    starts: np.ndarray  # (n + 1,): where each sentence begins, and the end
-
-
-def pool(hidden, attention_mask, pooling):
-    """Sentence embeddings from token states (Section 3): (N, T, d), (N, T) -> (N, d).
-
-    pooling: cls (the first token), mean or last ([EOS]), else ValueError. Padding: on either side.
+    Sentence i has the ids[starts[i] : starts[i + 1]]. [[7, 8], [9]] is ids 7, 8, 9, starts 0, 2, 3.
     """
-    rows = torch.arange(len(hidden), device=hidden.device)
-    if pooling == "cls":
-        return hidden[rows, attention_mask.int().argmax(1)]
-    if pooling == "last":
-        return hidden[rows, hidden.shape[1] - 1 - attention_mask.int().flip(1).argmax(1)]
-    if pooling == "mean":
-        weights = attention_mask / attention_mask.sum(1, keepdim=True)  # first: no sum overflows
-        return torch.einsum("nt,ntd->nd", weights.to(hidden.dtype), hidden)
-    raise ValueError(f"pooling must be cls, mean or last, not {pooling!r}")
 
-
-def takes(model, name):
-    """Whether a model's forward pass has an argument of that name."""
-    return name in inspect.signature(model.forward).parameters
+    ids: np.ndarray  # int32, of all sentences one after another
+    starts: np.ndarray  # (n + 1,)
 
 
 def tokenize(encoder, sentences):
     """Tokens of n sentences, cut to the encoder's maximum length. Prints how many were cut."""
-    ids, types, starts, cut = array("i"), array("b"), [0], 0
-    encoder.tokenizer.enable_truncation(encoder.max_length)
-    for i in range(0, len(sentences), 1_000):  # in slices: the library's own output is far larger
-        for row in encoder.tokenizer.encode_batch(sentences[i : i + 1_000]):
-            ids.extend(row.ids)
-            types.extend(row.type_ids)
+    ids = array("i")
+    starts = [0]
+    cut = 0
+    for i in range(0, len(sentences), SLICE):
+        for encoding in encoder.tokenizer.encode_batch(sentences[i : i + SLICE]):
+            if not encoding.ids:
+                sentence = sentences[len(starts) - 1]
+                fail(f"the tokenizer makes nothing of the sentence {sentence[:60]!r}; leave it out")
+            ids.extend(encoding.ids)
             starts.append(len(ids))
-            cut += bool(row.overflowing)
+            cut += len(encoding.overflowing) > 0
     if cut:
         print(f"{cut} of {len(sentences)} sentences are cut after {encoder.max_length} tokens")
-    ids, types, starts = np.array(ids, np.int32), np.array(types, np.int8), np.array(starts)
-    for i in (np.diff(starts) == 0).nonzero()[0]:
-        fail(f"the tokenizer makes nothing of the sentence {sentences[i][:60]!r}; leave it out")
-    if ids.max() >= (vectors := encoder.model.get_input_embeddings().num_embeddings):
-        fail(f"the tokenizer gives the id {ids.max()}; the model has {vectors} word embeddings")
-    given = types.any() and takes(encoder.model, "token_type_ids")
-    return Tokens(ids, types if given else None, starts)
+    vocabulary = encoder.model.get_input_embeddings().num_embeddings
+    if max(ids) >= vocabulary:
+        fail(f"the tokenizer gives the id {max(ids)}; the model has {vocabulary} word embeddings")
+    return Tokens(np.array(ids, np.int32), np.array(starts))
 
 
 def pad(tokens, rows, model):
-    """One batch for a model: N positions -> {input_ids, attention_mask, ...}, (N, T) each."""
-    starts, ends = (tokens.starts[np.asarray(rows) + i] for i in (0, 1))
-    places = starts[:, None] + np.arange((ends - starts).max())  # of the tokens of each row
-    mask = places < ends[:, None]  # False on the right, where ids and types are 0
-    batch = {"attention_mask": mask, "input_ids": tokens.ids[places * mask] * mask}
-    if tokens.types is not None:
-        batch["token_type_ids"] = tokens.types[places * mask] * mask
-    return {name: torch.from_numpy(t).long().to(model.device) for name, t in batch.items()}
+    """One batch for a model: N positions -> {"input_ids", "attention_mask"}, (N, T) each."""
+    rows = np.asarray(rows)
+    starts = tokens.starts[rows]
+    ends = tokens.starts[rows + 1]
+    ids = np.zeros((len(rows), (ends - starts).max()), np.int64)
+    mask = np.zeros_like(ids)  # 0 on the right, where there is padding
+    for i, (start, end) in enumerate(zip(starts, ends)):
+        ids[i, : end - start] = tokens.ids[start:end]
+        mask[i, : end - start] = 1
+    device = model.device
+    return {
+        "input_ids": torch.from_numpy(ids).to(device),
+        "attention_mask": torch.from_numpy(mask).to(device),
+    }
 
 
-def forward(model, batch, **how):
-    """What a model gives for a batch, without the keys and values that a next token would need."""
-    return model(**batch, **how, **({"use_cache": False} if takes(model, "use_cache") else {}))
+def forward(model, batch, **options):
+    """What a model gives for a batch, or for the part of it that its class takes."""
+    arguments = inspect.signature(model.forward).parameters
+    if "use_cache" in arguments:
+        options["use_cache"] = False  # the keys and values that a next token would need
+    inputs = {name: values for name, values in batch.items() if name in arguments}
+    return model(**inputs, **options)
 
 
-def pooled_layers(student, tokens, precision="float32", from_layer=1):
+def pooled_layers(encoder, tokens, precision="float32", from_layer=1):
     """Pooled states after each layer of a right-padded batch: L of (N, d). Layer 0: embeddings.
 
     On a CPU it goes through in pieces of like length. In training, products are of that precision.
     """
-    model, lengths, pooled = student.model, tokens["attention_mask"].sum(1), []
-    on_cpu, half = model.device.type == "cpu", precision == "bfloat16" and model.training
+    model = encoder.model
+    on_cpu = model.device.type == "cpu"
+    half = precision == "bfloat16" and model.training
+    lengths = tokens["attention_mask"].sum(1)
     order = lengths.argsort(stable=True)
+    pieces = []  # the L pooled layers of each piece
     for rows in order.split(PIECE if on_cpu else len(order)):
         longest = lengths[rows[-1]] if on_cpu else None  # a GPU need not wait for that number
-        piece = {name: t[rows, :longest] for name, t in tokens.items()}
+        piece = {name: values[rows, :longest] for name, values in tokens.items()}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
-            states = forward(model, piece, output_hidden_states=True).hidden_states[from_layer:]
+            output = forward(model, piece, output_hidden_states=True)
+        states = list(output.hidden_states[from_layer:])
+        states[-1] = output.last_hidden_state  # in some models the last norm is in this one alone
         mask = piece["attention_mask"]
-        pooled.append([pool(h.to(model.dtype), mask, student.pooling) for h in states])
-    return [torch.cat(E)[order.argsort()] for E in zip(*pooled, strict=True)]
+        pieces.append([pool(hidden.to(model.dtype), mask, encoder.pooling) for hidden in states])
+    original_order = order.argsort()
+    return [torch.cat(layer)[original_order] for layer in zip(*pieces, strict=True)]
 
 
 @torch.inference_mode()
@@ -147,77 +162,102 @@ def encode(encoder, tokens, batch_size, label=None, part=None):
     """Pooled last-layer embeddings of n sentences, not normalised: float32 (n, d), on the CPU.
 
     Batches hold sentences of like length, the longest first: too large a one fails at once. They
-    are kept in the file `part`, if one is named, from which a second call goes on.
+    are kept in the file `part`, if one is named; a second call resumes from it.
     """
-    model, n, d = encoder.model.eval(), len(tokens.starts) - 1, encoder.dimensions
+    model = encoder.model.eval()
+    n = len(tokens.starts) - 1
+    d = encoder.dimensions
     order = np.argsort(-np.diff(tokens.starts), kind="stable")
-    rows = np.zeros((n, d + 1), np.float32)  # in that order
+    rows = np.zeros((n, d + 1), np.float32)  # in that order; column d is 1 where a row is done
     if part:
-        with attempt(f"write {part}"):
-            if not Path(part).exists() or Path(part).stat().st_size != rows.nbytes:
-                rows.tofile(part)  # which takes the room that it needs
-            rows = np.memmap(part, np.float32, "r+", shape=rows.shape)
-    done = int(np.append(rows[:, d], 0).argmin()) // batch_size * batch_size  # whole batches
+        rows = resumable(part, rows)
+    first_open = int(np.append(rows[:, d], 0).argmin())
+    done = first_open // batch_size * batch_size  # whole batches
     if done:
-        print(f"going on where it stopped: {done} sentences are embedded")
+        print(f"resuming: {done} sentences are already embedded")
     with progress(n, "sent", label, initial=done) as bar:
         for start in range(done, n, batch_size):
-            some = slice(start, start + batch_size)
-            batch = pad(tokens, order[some], model)
+            batch = pad(tokens, order[start : start + batch_size], model)
             hidden = forward(model, batch).last_hidden_state  # (N, T, d)
-            vectors = pool(hidden, batch["attention_mask"], encoder.pooling)
-            rows[some, :d] = vectors.float().cpu().numpy()
-            rows[some, d] = 1  # after the vectors: these rows are there
+            vectors = pool(hidden, batch["attention_mask"], encoder.pooling).float().cpu()
+            if not vectors.isfinite().all():
+                fail(f"embeddings in {model.dtype} are not finite; try another --dtype or model")
+            end = start + len(vectors)
+            rows[start:end, :d] = vectors.numpy()
+            rows[start:end, d] = 1  # after the vectors: these rows are whole
             bar.update(len(vectors))
     return torch.from_numpy(rows[order.argsort(), :d])
 
 
+def resumable(path, rows):
+    """The rows in a file of that name: of an earlier call if it has their size, else written."""
+    with attempt(f"write {path}"):
+        if not Path(path).exists() or Path(path).stat().st_size != rows.nbytes:
+            rows.tofile(path)  # which takes the room that they need
+        return np.memmap(path, np.float32, "r+", shape=rows.shape)
+
+
 def save_encoder(folder, encoder):
-    """Write an encoder, and the tokenizer files it came with, for both libraries to load.
+    """Write an encoder so that transformers and sentence-transformers read what was trained.
 
-    Ends the program if transformers reads other token ids than the encoder was trained with.
+    The files of its tokenizer are written anew: the class that the old ones name may differ.
     """
-    folder, limit = Path(folder), encoder.max_length
+    folder = Path(folder)
     encoder.model.save_pretrained(folder)
-    for name, content in encoder.files.items():
-        (folder / name).write_bytes(content)
-    library = AutoTokenizer.from_pretrained(folder)
-    if library.pad_token is None:  # sentence-transformers pads
-        about = json.loads(encoder.files.get("tokenizer_config.json", b"{}"))
-        end = library.eos_token or library.unk_token or fail("the student has no token to pad with")
-        write_json(folder / "tokenizer_config.json", about | {"pad_token": end})
-        library = AutoTokenizer.from_pretrained(folder)
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    pooling = {flag: encoder.pooling == mode for flag, mode in POOLING_FLAGS.items()}
+    tokenizer = Tokenizer.from_str(encoder.tokenizer.to_str())
+    tokenizer.no_truncation()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # which reads tokenizer.json as it is
+        "model_max_length": encoder.max_length,
+        "padding_side": "right",
+        "truncation_side": encoder.tokenizer.truncation["direction"],
+        "model_input_names": ["input_ids", "attention_mask"],
+        **encoder.special_tokens,
+    }
+    write_json(folder / "tokenizer_config.json", tokenizer_config)
+    # and what sentence-transformers reads besides
+    modules = []
+    for i, name in enumerate(["Transformer", "Pooling", "Normalize"]):
+        path = f"{i}_{name}" if i else ""
+        module_type = f"sentence_transformers.models.{name}"
+        modules.append({"idx": i, "name": str(i), "path": path, "type": module_type})
+    write_json(folder / "modules.json", modules if encoder.normalize else modules[:2])
+    pooling = {flag: encoder.pooling == name for name, flag in POOLING_FLAGS.items()}
     pooling["word_embedding_dimension"] = encoder.dimensions
-    about = {"max_seq_length": limit, "do_lower_case": encoder.lower}
-    write_json(folder / "modules.json", MODULES)
+    (folder / "1_Pooling").mkdir(exist_ok=True)
     write_json(folder / "1_Pooling" / "config.json", pooling)
-    write_json(folder / "sentence_bert_config.json", about)
+    limit = {"max_seq_length": encoder.max_length, "do_lower_case": False}
+    write_json(folder / "sentence_bert_config.json", limit)
     write_json(folder / "config_sentence_transformers.json", {"prompts": {}})
-    probes = [text.lower() if encoder.lower else text for text in PROBES]
-    read = library(probes, truncation=True, max_length=limit)
-    encoder.tokenizer.enable_truncation(limit)
-    for i, row in enumerate(encoder.tokenizer.encode_batch(probes)):
-        types = read.get("token_type_ids", {i: [0] * len(row.ids)})[i]
-        if (read["input_ids"][i], types) != (row.ids, row.type_ids):
-            what = "transformers reads other input_ids or token_type_ids than the student's; try"
-            right = '"tokenizer_class": "PreTrainedTokenizerFast", or to name "model_input_names",'
-            fail(f"{what} {right} in its tokenizer_config.json")
 
 
-def rehearse(student, corpus, two_views):
-    """Try a batch in training mode, and the saving, before hours are spent on what can't end well.
+def dry_run(encoder, corpus, output, two_views):
+    """Try a training batch and a save, before hours are spent on what cannot end well.
 
-    Says so where dropout does nothing to the two views that SimCSE compares.
+    The trial save is next to the output, on the disk that has to hold it. Ends the program if it
+    fails, or if transformers reads other token ids from it than the encoder is trained with.
     """
-    config, tokens = student.model.config.to_dict(), corpus.batch(torch.arange(len(corpus))[:2])[0]
-    if drops := [key for key, value in config.items() if "layerdrop" in key and value]:
-        fail(f"the student leaves out layers in training; set {drops[0]} to 0 in its config.json")
-    devices = [] if student.model.device.type == "cpu" else [student.model.device]
-    with torch.random.fork_rng(devices), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        student.model.train()
-        layers = pooled_layers(student, {name: t.repeat(2, 1) for name, t in tokens.items()})
-        save_encoder(folder, student)
-    if two_views and torch.equal(*layers[-1].chunk(2)):
+    model = encoder.model.train()
+    tokens = corpus.batch(torch.arange(len(corpus))[:2])[0]
+    views = {name: values.repeat(2, 1) for name, values in tokens.items()}
+    devices = [] if model.device.type == "cpu" else [model.device]
+    with torch.random.fork_rng(devices), torch.no_grad():
+        first, second = pooled_layers(encoder, views)[-1].chunk(2)
+    if two_views and torch.equal(first, second):
         print("the student has no dropout: the two views that SimCSE compares are the same")
+    if "pad_token" not in encoder.special_tokens:
+        fail("the student has no token to pad with; name a pad_token in its tokenizer_config.json")
+    with (
+        attempt(f"save next to --output {output}", OSError, SafetensorError),
+        tempfile.TemporaryDirectory(prefix=".trial-", dir=Path(output).parent) as folder,
+    ):
+        save_encoder(folder, encoder)
+        library = AutoTokenizer.from_pretrained(folder)
+    for sentence in corpus.sentences[:100]:
+        trained_ids = encoder.tokenizer.encode(sentence).ids
+        if library(sentence, truncation=True)["input_ids"] != trained_ids:
+            fail(
+                f"transformers gives other token ids than tokenizer.json to {sentence[:60]!r}: it "
+                f"builds the tokenizer of a {model.config.model_type} anew; take another student"
+            )

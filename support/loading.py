@@ -1,13 +1,14 @@
 """Models, as folders of files, read as their authors wrote them.
 
-What is not understood ends the program in one line that names the file and the key.
+What is known to change embeddings and is not implemented ends the program in one line.
 """
 
-import json
+import re
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.normalizers import Lowercase, Sequence
@@ -15,8 +16,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, logging
 from transformers.models.auto import modeling_auto as registry
 
 from support import attempt, fail
-from support.encoder import POOLING_FLAGS, Encoder, takes
-from support.files import TOKENIZER_FILES, TORN, read_json
+from support.encoder import Encoder, forward, pad, pool, tokenize
+from support.files import TORN, read_json
 from support.run import interrupted
 
 logging.set_verbosity_error()  # the terminal is for our own lines
@@ -24,66 +25,93 @@ logging.disable_progress_bar()
 
 ARRAY = "encode with sentence-transformers and give the array: cache_teacher.py --teacher X.npy"
 SMALL = ["*.json", "*.txt", "*.model", "*.bpe", "*.codes"]  # all files but weights
-OTHERS = {"ignore_patterns": ["onnx/*", "openvino/*", "original/*", "consolidated*"]}
+COPIES = ["onnx/*", "openvino/*", "original/*", "consolidated*"]  # of the weights
 PLAINLY = {"output_attentions": False, "chunk_size_feed_forward": 0, "return_dict": True}
 POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}  # sentence-transformers' -> ours
-OTHER_MODES = ("max", "mean_sqrt_len", "weightedmean")
-KNOWN = {  # in the files of its versions 2 to 6: of each key the type, or the values, understood
-    **dict.fromkeys(("max_seq_length", "word_embedding_dimension", "embedding_dimension"), int),
-    **dict.fromkeys(("do_lower_case", "unpad_inputs", "include_prompt", *POOLING_FLAGS), bool),
-    **dict.fromkeys((f"pooling_mode_{mode}_tokens" for mode in OTHER_MODES), [False]),
-    **{"pooling_mode": list(POOLINGS), "transformer_task": ["feature-extraction"]},
-    **{"prompts": dict, "default_prompt_name": str, "similarity_fn_name": str, "__version__": dict},
-    **{"model_type": ["SentenceTransformer"], "module_output_name": ["token_embeddings"]},
-    "modality_config": [{"text": {"method": "forward", "method_output_name": "last_hidden_state"}}],
-}
+NUMBER = re.compile(r"\.\d+\.")  # of a layer, as in "encoder.layer.0.output.dense.bias"
+MASKS = re.compile(r"(attn|attention)\.(masked_)?bias$")  # that GPT models' files hold
 
 
 def model_folder(name):
     """The path of a directory, or of a Hub id's files, downloaded or from the cache."""
-    with attempt(f"find {name}: no such folder, nor on the Hub (offline: `hf download` it before)"):
+    try:
         if Path(name).exists():
             return Path(name)
-        folder = snapshot_download(name, allow_patterns=[*SMALL, "*.safetensors"], **OTHERS)
-        if not any(Path(folder).rglob("*.safetensors")):
-            folder = snapshot_download(name, allow_patterns=[*SMALL, "*.bin"], **OTHERS)
+        for weights in ("*.safetensors", "*.bin"):
+            wanted = [*SMALL, weights]
+            folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=COPIES)
+            if list(Path(folder).rglob(weights)):
+                break
         return Path(folder)
+    except (OSError, ValueError) as error:
+        answer = error.__cause__ or error
+        missing = isinstance(answer, RepositoryNotFoundError)
+        if isinstance(answer, GatedRepoError):  # which the library counts among the missing ones
+            fail(f"{name} is gated: ask for access on its page of the Hub, then `hf auth login`")
+        if isinstance(answer, HfHubHTTPError) and not missing:
+            fail(f"the Hub does not give {name} now; try again later, or `hf auth login`: {answer}")
+        fail(
+            f"cannot find {name}: no such folder, nor on the Hub (offline: `hf download` it before)"
+        )
 
 
-def read_understood(path, needed=False):
-    """What a JSON file of sentence-transformers holds, each key and value as KNOWN has it."""
-    content = read_json(path, needed)
-    for key, value in content.items():
-        fits = KNOWN.get(key, [])
-        if value is not None and not (type(value) is fits if type(fits) is type else value in fits):
-            fail(f"{path}: {key} {json.dumps(value)[:80]} is not implemented; {ARRAY}")
-    return content
+def read_settings(path, needed=False):
+    """A JSON file of settings; {} if there is no such file, unless it is `needed`."""
+    settings = read_json(path, needed)
+    if not isinstance(settings, dict):
+        fail(f"{path} holds a {type(settings).__name__} in place of settings by name")
+    for key in ("max_seq_length", "model_max_length"):
+        if isinstance(settings.get(key), str):
+            fail(f"{path}: {key} {settings[key]!r} must be a number")
+    return settings
 
 
 def read_declarations(root):
-    """(folder of the weights, pooling, max_seq_length, do_lower_case) as the model's files say.
+    """(folder of the weights, pooling, max_seq_length, do_lower_case, whether to normalise).
 
-    None where they say nothing. Ends the program if they ask for what is not implemented here.
+    None and False where a model's files say nothing. Ends the program if they ask for what is not
+    implemented here.
     """
-    if not (root / "modules.json").exists():
-        return root, None, None, False
-    modules = read_json(root / "modules.json")
-    types = [module["type"] for module in modules]
-    names = [name.rsplit(".", 1)[-1] for name in types if name.startswith("sentence_transformers.")]
+    path = root / "modules.json"
+    if not path.exists():
+        return root, None, None, False, False
+    modules = read_json(path)
+    with attempt(f"read {path}: it must list modules", TypeError, KeyError, AttributeError):
+        types = [module["type"] for module in modules]
+        folders = [root / module["path"] for module in modules]
+        names = [t.rpartition(".")[2] for t in types if t.startswith("sentence_transformers.")]
     if names != ["Transformer", "Pooling", "Normalize"][: max(2, len(types))]:
-        fail(f"{root / 'modules.json'}: type {types} is more than Transformer and Pooling; {ARRAY}")
-    about = read_understood(root / "config_sentence_transformers.json")
-    if prompt := (about.get("prompts") or {}).get(about.get("default_prompt_name")):
+        fail(f"{path}: type {types} is more than Transformer and Pooling; {ARRAY}")
+    settings = read_settings(root / "config_sentence_transformers.json")
+    prompts = settings.get("prompts") or {}
+    prompt = prompts.get(settings.get("default_prompt_name"))
+    if prompt:
         fail(f"{root} puts a prompt before every sentence, {prompt!r}; {ARRAY}")
-    folder, place = root / modules[0]["path"], root / modules[1]["path"] / "config.json"
-    named = [folder / "sentence_bert_config.json", *folder.glob("sentence_*_config.json")]
-    config = read_understood(next(filter(Path.exists, named), named[0]))
-    asked = read_understood(place, needed=True)
-    flags = [mode for flag, mode in POOLING_FLAGS.items() if asked.get(flag)] or ["mean"]
-    pooling = POOLINGS.get(asked.get("pooling_mode")) or "+".join(flags)
-    if pooling not in POOLINGS.values():
-        fail(f"{place}: pooling_mode {pooling} is not implemented; {ARRAY}")
-    return folder, pooling, config.get("max_seq_length"), config.get("do_lower_case") or False
+    if settings.get("truncate_dim"):
+        fail(f"{root}: truncate_dim {settings['truncate_dim']} is not implemented; {ARRAY}")
+    folder = folders[0]
+    path = folder / "sentence_bert_config.json"
+    if not path.exists():  # older versions name it after the model: sentence_roberta_config.json
+        path = next(folder.glob("sentence_*_config.json"), path)
+    settings = read_settings(path)
+    limit = settings.get("max_seq_length")
+    lower = settings.get("do_lower_case", False)
+    return folder, read_pooling(folders[1] / "config.json"), limit, lower, len(names) == 3
+
+
+def read_pooling(path):
+    """The pooling that the config.json of a Pooling module declares: cls, mean or last."""
+    settings = read_settings(path, needed=True)
+    modes = settings.get("pooling_mode")
+    if isinstance(modes, str):
+        modes = [modes]
+    if not modes:  # older versions: "pooling_mode_cls_token": true, "..._mean_tokens": false
+        flags = [key for key in settings if key.startswith("pooling_mode_") and settings[key]]
+        modes = [flag.split("_")[2] for flag in flags] or ["mean"]
+    mode = "+".join(modes)
+    if mode not in POOLINGS:
+        fail(f"{path}: pooling_mode {mode} is not implemented; {ARRAY}")
+    return POOLINGS[mode]
 
 
 def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, device="cpu"):
@@ -95,106 +123,193 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
     root = model_folder(name)
     if interrupted(root):
         fail(f"{name} holds an interrupted run; finish it first, with --resume")
-    folder, declared, limit, lower = read_declarations(root)
+    folder, declared, limit, lower, normalize = read_declarations(root)
     model = load_model(name, folder, dtype).to(device)
-    tokenizer, files, about = load_tokenizer(name, folder, lower)
-    pooling = settle_pooling(name, model.config, pooling, declared)
-    if limit is None:
-        limit = about.get("model_max_length") or max_length
-    limit = find_limit(name, model, tokenizer, about, min(max_length, limit))
-    word = torch.zeros(1, 8, dtype=torch.long, device=device)  # to see the layers' widths
-    with torch.inference_mode():
-        layers = model(input_ids=word, output_hidden_states=True).hidden_states[1:]
-    widths = tuple(h.shape[-1] for h in layers)
-    return Encoder(model, tokenizer, files, pooling, limit, lower, widths)
+    tokenizer, settings = load_tokenizer(name, folder, lower)
+    limit = limit or settings.get("model_max_length") or max_length
+    limit = find_limit(name, model, tokenizer, min(max_length, limit))
+    side = (tokenizer.truncation or {}).get("direction", "right")
+    tokenizer.enable_truncation(limit, direction=settings.get("truncation_side") or side)
+    attention_type = getattr(model, "attention_type", None)
+    encoder = Encoder(
+        model=model,
+        tokenizer=tokenizer,
+        special_tokens=find_special_tokens(model, tokenizer, settings),
+        pooling=choose_pooling(name, model.config, pooling, declared),
+        max_length=limit,
+        widths=layer_widths(model),
+        normalize=normalize,
+    )
+    check_vectors(name, encoder, settings.get("model_input_names") or [])
+    if attention_type:  # a BigBird changes its own for good at the first short batch
+        model.set_attention_type(attention_type)
+    return encoder
 
 
 def load_model(name, folder, dtype):
     """The model itself, with all its weights."""
+    path = folder / "config.json"
+    settings = read_settings(path, needed=True)
     if (folder / "adapter_config.json").exists():
         fail(f"{folder / 'adapter_config.json'}: adapters are not implemented; merge it first")
-    if read_json(folder / "config.json", needed=True).get("auto_map"):
-        fail(f"{folder / 'config.json'}: auto_map names code of the model's own; {ARRAY}")
+    for key in ("auto_map", "quantization_config"):  # code of the model's own; quantised weights
+        if settings.get(key):
+            fail(f"{path}: {key} is not implemented; {ARRAY}")
+    layerdrop = {key: 0.0 for key in settings if "layerdrop" in key}  # a student needs all layers
     try:
-        config = AutoConfig.from_pretrained(folder, **PLAINLY)  # the same embeddings, whole
+        config = AutoConfig.from_pretrained(folder, **PLAINLY, **layerdrop)
         if config.is_encoder_decoder:
             fail(f"{name} is an encoder-decoder, which is not implemented; {ARRAY}")
-        how = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True}
-        model, report = AutoModel.from_pretrained(folder, output_loading_info=True, **how)
-    except (*TORN, SafetensorError, AssertionError) as error:
-        said = str(error).split("\n")[0][:120]  # what follows is advice that does not fit
-        fail(f"cannot load {name}; are its files whole, and do they fit each other? ({said})")
-    if not takes(model, "attention_mask"):
-        fail(f"{name} reads padding as words: a {type(model).__name__} takes no mask; {ARRAY}")
-    lacking = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    if lacking := sorted(key for key in lacking if "pooler" not in key):  # which is not used here
-        fail(f"{name}: its files lack {len(lacking)} of config.json's weights, as {lacking[0]}")
+        model, report = AutoModel.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (*TORN, SafetensorError, AssertionError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0][:120]  # what follows is advice that does not fit
+        fail(f"cannot load {name}; are its files whole, and do they fit each other? ({reason})")
+    check_weights(name, model, report)
     return model
 
 
+def check_weights(name, model, report):
+    """End the program if weights are missing, or layers in the files have more than the model's."""
+    missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    missing = sorted(key for key in missing if "pooler" not in key)  # which is not used here
+    if missing:
+        fail(f"{name}: its files lack {len(missing)} of config.json's weights, as {missing[0]}")
+    layers = {f".{key.partition('.0.')[0]}" for key in model.state_dict() if ".0." in key}
+    for key in sorted(report["unexpected_keys"]):  # those of a head are unexpected, and not used
+        in_a_layer = f".{NUMBER.split(key)[0]}".endswith(tuple(layers))
+        if NUMBER.search(key) and in_a_layer and not MASKS.search(key):
+            fail(f"{name}: a {type(model).__name__} does not use its weight {key}; {ARRAY}")
+
+
 def load_tokenizer(name, folder, lower):
-    """(tokenizers.Tokenizer, {name: content} of its files, what they say in words).
+    """(tokenizers.Tokenizer, the settings beside it), which are not at odds.
 
     It is that of tokenizer.json, if there is one: transformers builds some anew from their class.
     """
-    files = {path.name: path.read_bytes() for glob in TOKENIZER_FILES for path in folder.glob(glob)}
-    settings = folder / "tokenizer_config.json"
-    about = read_json(folder / "special_tokens_map.json") | read_json(settings)
+    path = folder / "tokenizer_config.json"
+    settings = read_settings(folder / "special_tokens_map.json") | read_settings(path)
     with attempt(f"load the tokenizer of {name}", Exception):  # the library raises nothing narrower
-        if "tokenizer.json" not in files:
+        if (folder / "tokenizer.json").exists():
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        else:
             library = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            if not library.is_fast or not files.keys() & {*library.vocab_files_names.values()}:
+            files = library.vocab_files_names.values()
+            if not library.is_fast or not any((folder / file).exists() for file in files):
                 raise ValueError(f"it has no tokenizer.json; {ARRAY}")
-            files["tokenizer.json"] = library.backend_tokenizer.to_str().encode()
-        tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
+            tokenizer = library.backend_tokenizer
     tokenizer.no_padding()
-    added = tokenizer.encode("a").special_tokens_mask
-    refused = {"add_bos_token": added[:1] != [1], "add_eos_token": added[-1:] != [1]}
-    refused |= {"truncation_side": about.get("truncation_side") != "right", "auto_map": True}
-    for key in (key for key, wrong in refused.items() if wrong and about.get(key)):
-        fail(f"{settings}: {key} {about[key]} is not what tokenizer.json does; {ARRAY}")
-    asked = about.get("do_lower_case")
-    if asked is not None and f"lowercase={not asked}" in str(tokenizer.normalizer):
-        print(f"{settings}: do_lower_case {asked} is not followed: tokenizer.json has it otherwise")
+    special = tokenizer.encode("a").special_tokens_mask
+    refused = {
+        "auto_map": True,
+        "split_special_tokens": True,
+        "add_bos_token": special[0] == 0,
+        "add_eos_token": special[-1] == 0,
+    }
+    for key, wrong in refused.items():
+        if wrong and settings.get(key):
+            fail(f"{path}: {key} {settings[key]} is not what tokenizer.json does; {ARRAY}")
+    added = read_settings(folder / "added_tokens.json")
+    for number, token in settings.get("added_tokens_decoder", {}).items():
+        added[token["content"]] = int(number)
+    for token, number in added.items():
+        if tokenizer.token_to_id(token) != number:
+            fail(f"{folder}: the added token {token!r} is not in tokenizer.json; {ARRAY}")
+    lower_case = settings.get("do_lower_case")
+    if lower_case is not None and f"lowercase={not lower_case}" in str(tokenizer.normalizer):
+        print(
+            f"{path}: do_lower_case {lower_case} is not followed: tokenizer.json has it otherwise"
+        )
     if lower:  # as sentence-transformers does it
-        tokenizer.normalizer = Sequence([Lowercase(), *filter(None, [tokenizer.normalizer])])
-    return tokenizer, files, about
+        tokenizer.normalizer = Sequence([Lowercase(), tokenizer.normalizer or Sequence([])])
+    return tokenizer, settings
 
 
-def find_limit(name, model, tokenizer, about, most):
-    """How many tokens of a sentence the model takes: `most`, unless its positions end before."""
-    names = ("max_position_embeddings", "max_seq_len")
-    positions = next((n for key in names if (n := getattr(model.config, key, None))), 0)
+def find_special_tokens(model, tokenizer, settings):
+    """Those in the vocabulary, such as {"pad_token": "[PAD]"}; to pad, one with an embedding."""
+    tokens = {}
+    for role in ("pad", "cls", "sep", "mask", "unk", "bos", "eos"):
+        token = settings.get(f"{role}_token")
+        if isinstance(token, dict):
+            token = token["content"]
+        if token and tokenizer.token_to_id(token) is not None:
+            tokens[f"{role}_token"] = token
+    ids = [tokenizer.token_to_id(tokens.pop("pad_token", ""))]
+    for role in ("pad", "eos", "unk"):
+        ids.append(getattr(model.config, f"{role}_token_id", None))
+        ids.append(tokenizer.token_to_id(tokens.get(f"{role}_token", "")))
+    vocabulary = range(model.get_input_embeddings().num_embeddings)
+    for number in ids:
+        if number in vocabulary and "pad_token" not in tokens:
+            tokens["pad_token"] = tokenizer.id_to_token(number)
+    return tokens
+
+
+def find_limit(name, model, tokenizer, limit):
+    """How many tokens of a sentence the model takes: `limit`, unless its positions end before."""
+    config = model.config
+    positions = getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0)
     for key, part in model.named_modules():  # some count positions from the padding token's id
-        if "position_embeddings" in key and (own := getattr(part, "padding_idx", None)) is not None:
-            positions = part.num_embeddings - own - 1
-            pad = about.get("pad_token") or tokenizer.id_to_token(own)
-            if tokenizer.token_to_id(pad["content"] if isinstance(pad, dict) else pad) != own:
-                fail(f"{name}: positions are counted from id {own}, but its padding token is {pad}")
-    most = int(min(most, positions) if positions > 0 else most)
+        padding = getattr(part, "padding_idx", None)
+        if "position_embeddings" in key and padding is not None:
+            positions = part.num_embeddings - padding - 1
+    if positions > 0:
+        limit = min(limit, positions)
     special = tokenizer.num_special_tokens_to_add(False)
-    if most <= special:
-        fail(f"{name}: {most} tokens leave none of a sentence beside the {special} special ones")
-    return most
+    if limit <= special:
+        fail(f"{name}: {limit} tokens leave none of a sentence beside the {special} special ones")
+    return int(limit)
 
 
-def settle_pooling(name, config, asked, declared):
-    """The pooling asked for, else the declared one, else, where it is certain, the kind's own."""
+def choose_pooling(name, config, asked, declared):
+    """The pooling asked for, else the declared one, else a decoder's last token, else [CLS]."""
     kind = config.model_type
-    encoder = kind in registry.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     decoder = kind in registry.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if kind in ("xlnet", "bert-generation"):  # listed as decoders, which they are not
-        encoder = decoder = False
-    if encoder:  # many are listed as decoders, too, which their configuration can make of them
+    if kind in registry.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         decoder = getattr(config, "is_decoder", False)
-    if asked == "auto" and not declared and not (encoder or decoder):
-        fail(f"{name}: whether a {kind} is an encoder or a decoder is not certain; give --pooling")
-    own, why = ("last", "it is a decoder") if decoder else ("cls", "it is an encoder")
+    if getattr(config, "is_causal", None) is False:  # its tokens see those after them
+        decoder = False
+    pooling, reason = ("last", "it is a decoder") if decoder else ("cls", "it is an encoder")
     if declared:
-        own, why = declared, "from its sentence-transformers files"
+        pooling, reason = declared, "from its sentence-transformers files"
     if asked != "auto":
-        own, why = asked, "as asked"
-    if decoder and own == "cls":
+        pooling, reason = asked, "as asked"
+    if decoder and pooling == "cls":
         fail(f"the first token of {name}, a decoder, does not see the others; try --pooling last")
-    print(f"{name}: {own} pooling, {why}")
-    return own
+    print(f"{name}: {pooling} pooling, {reason}")
+    return pooling
+
+
+@torch.inference_mode()
+def layer_widths(model):
+    """The width of each of the L layers."""
+    ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)
+    states = forward(model, {"input_ids": ids}, output_hidden_states=True).hidden_states
+    return tuple(hidden.shape[-1] for hidden in states[1:])
+
+
+@torch.inference_mode()
+def check_vectors(name, encoder, input_names):
+    """End the program if a sentence's vector depends on its batch, or on token types.
+
+    Some models see padding in spite of the mask, and none is given token types here.
+    """
+    model = encoder.model
+    tokens = tokenize(encoder, ["a", "a b c d e f g h"])
+    alone = pad(tokens, [0], model)
+    batches = {"is alone": alone, "is beside a longer one": pad(tokens, [0, 1], model)}
+    if "token_type_ids" in input_names:
+        types = torch.tensor([encoder.tokenizer.encode("a").type_ids], device=model.device)
+        batches["has token_type_ids"] = alone | {"token_type_ids": types}
+    vectors = []
+    for case, batch in batches.items():
+        hidden = forward(model, batch).last_hidden_state
+        vectors.append(pool(hidden, batch["attention_mask"], encoder.pooling)[0].float())
+        difference = (vectors[-1] - vectors[0]).norm() / vectors[0].norm()
+        if difference > (1e-4 if model.dtype == torch.float32 else 0.1):
+            fail(f"{name}: a sentence gets another vector where it {case}; take another model")
