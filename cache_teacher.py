@@ -97,7 +97,7 @@ def embed(args, teacher, texts, part):
         tokens = tokenize(teacher, texts)
         return encode(teacher, tokens, args.batch_size, Path(args.teacher).name, part)
     embeddings = torch.from_numpy(fit_lsa(texts).transform(texts))
-    embeddings[embeddings.norm(dim=1) < 1e-9] = 0  # rounding: it shares no word with the others
+    embeddings[embeddings.norm(dim=1) < 1e-3] = 0  # noise: it shares no word with other sentences
     return embeddings
 
 

@@ -24,7 +24,7 @@ from transformers.hf_argparser import HfArg
 
 from cache_teacher import load_cache
 from demo import tiny
-from support import attempt, fail, interruptible
+from support import attempt, escape_unprintable, fail, interruptible
 from support.data import Corpus
 from support.encoder import dry_run, pooled_layers, save_encoder
 from support.loading import load_encoder
@@ -474,6 +474,7 @@ def finish(s, cache, objective):
 
 def main(argv=None):
     """The command line: read the cache and the student, train, save."""
+    escape_unprintable()
     s = parse_settings(argv)
     check_settings(s)
     check_output_folder(s)

@@ -13,8 +13,6 @@ import torch
 
 from support import attempt, fail
 
-TOKENIZER_FILES = ("tokenizer*.json", "*_tokens*.json", "vocab.*", "merges.txt")
-TOKENIZER_FILES += ("*.model", "*.bpe", "*.codes")
 TORN = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
@@ -83,7 +81,7 @@ def keep_apart(flag, output, **inputs):
     """End the program if the output is one of the inputs: other flags and their paths."""
     for name, path in inputs.items():
         if os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path):
-            fail(f"{flag} {output} is also the --{name}; choose another {flag}")
+            fail(f"{flag} {output} is the --{name} itself; choose another {flag}")
 
 
 def positive(text):
