@@ -1,4 +1,4 @@
-"""The code that the paper's authors released, run as it stands; none of it is kept here.
+"""The code that the paper's authors released, run as it is; none of it is kept here.
 
     git clone https://github.com/sonho4ng/Teacher-Anchor-KD
     pip install pytorch-optimizer==4.1.0 editdistance==0.8.1 pandas==3.1.1
@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import types
+import unittest.mock
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,51 +27,86 @@ from support.encoder import save_encoder
 from support.files import write_json
 from support.loading import load_encoder
 
-EVALUATION = "eval_classification_task eval_pair_task eval_sts_task test_cls_tasks test_pair_tasks"
-EVALUATION += " test_sts_tasks STSDataset ClasssifyDataset PairDataset"
+EVALUATION = (  # what its distiller.py imports from its evaluation
+    "eval_classification_task",
+    "eval_pair_task",
+    "eval_sts_task",
+    "test_cls_tasks",
+    "test_pair_tasks",
+    "test_sts_tasks",
+    "STSDataset",
+    "ClasssifyDataset",
+    "PairDataset",
+)
+
+
+def do_nothing(*arguments):
+    """In the place of an evaluation."""
 
 
 def distiller(folder, student, cache, work, **settings):
     """Its KnowledgeDistiller; work: a folder for its inputs; settings: of its TALASConfig."""
     import pandas
 
-    csv, targets = f"{work}/sentences.csv", f"{work}/targets.pt"
-    pandas.DataFrame({"text": cache["sentences"]}).to_csv(csv, index=False)
+    sentences = f"{work}/sentences.csv"
+    targets = f"{work}/targets.pt"
+    pandas.DataFrame({"text": cache["sentences"]}).to_csv(sentences, index=False)
     torch.save(F.normalize(cache["embeddings"].float(), dim=1), targets)  # as its own cache is
-    settings |= {"student_model_name": student, "teacher_model_name": student}
-    settings |= {"train_data_path": csv, "cache_path": targets, "save_dir": None}
-    nothing = dict.fromkeys(EVALUATION.split(), lambda *given: None)
-    sys.modules["src.evaluation.evaluation_automodel"] = types.SimpleNamespace(**nothing)
+    evaluation = types.SimpleNamespace(**dict.fromkeys(EVALUATION, do_nothing))
+    sys.modules["src.evaluation.evaluation_automodel"] = evaluation
     sys.path.insert(0, str(folder))
     warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, once a step
     with attempt(f"import the released code from {folder}", ImportError):
         from config import TALASConfig
         from distiller import KnowledgeDistiller
-    own, original = AutoTokenizer.from_pretrained(student), vars(AutoTokenizer)["from_pretrained"]
-    AutoTokenizer.from_pretrained = lambda *name, **how: own
-    try:
-        return KnowledgeDistiller(TALASConfig(**settings, teacher_dtype="float32"))
-    finally:
-        AutoTokenizer.from_pretrained = original
+    config = TALASConfig(
+        student_model_name=student,
+        teacher_model_name=student,
+        teacher_dtype="float32",
+        train_data_path=sentences,
+        cache_path=targets,
+        save_dir=None,
+        **settings,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    with unittest.mock.patch.object(AutoTokenizer, "from_pretrained", return_value=tokenizer):
+        return KnowledgeDistiller(config)
 
 
 def train(folder, s):
-    """Train with it by talas.Settings, as far as it has them; leaves what talas.py would leave.
+    """Train with the released code by talas.Settings; leave what talas.py would leave.
 
     It can't resume, takes [CLS], and a GPU if there is one; its time leaves out the tokenizer.
     """
-    cache, out = load_cache(s.teacher), Path(s.output)
-    same = ("seed", "epochs", "batch_size", "max_length", "rho", "temperature", "warmup_ratio")
-    settings = {name: getattr(s, name) for name in same} | {"learning_rate": s.lr}
-    settings |= {"w_task": s.lambda1, "w_kd": s.lambda2, "w_struct": s.lambda3}
+    cache = load_cache(s.teacher)
     with tempfile.TemporaryDirectory() as work:
-        code = distiller(folder, s.student, cache, work, **settings)
+        code = distiller(
+            folder,
+            s.student,
+            cache,
+            work,
+            w_task=s.lambda1,
+            w_kd=s.lambda2,
+            w_struct=s.lambda3,
+            temperature=s.temperature,
+            rho=s.rho,
+            learning_rate=s.lr,
+            warmup_ratio=s.warmup_ratio,
+            epochs=s.epochs,
+            batch_size=s.batch_size,
+            max_length=s.max_length,
+            seed=s.seed,
+        )
     code.model_student.float()  # its loss scale can't train weights stored as float16
     code.train()
     encoder = load_encoder(s.student, "cls", s.max_length)
-    save_encoder(out, replace(encoder, model=code.model_student))
+    save_encoder(Path(s.output), replace(encoder, model=code.model_student))
     times = code.step_times  # without its first ten
-    cost = {"ms_per_step": 1000 * statistics.median(times)} if times else {}
-    about = {"settings": asdict(s), "teacher": cache["teacher"], "corpus": cache["fingerprint"]}
-    about["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
-    write_json(out / "talas.json", about | {"cost": cost})
+    about = {
+        "settings": asdict(s),
+        "teacher": cache["teacher"],
+        "corpus": cache["fingerprint"],
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "cost": {"ms_per_step": 1000 * statistics.median(times)} if times else {},
+    }
+    write_json(Path(s.output, "talas.json"), about)
