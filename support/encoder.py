@@ -101,7 +101,7 @@ def tokenize(encoder, sentences):
             cut += len(encoding.overflowing) > 0
     if cut:
         print(f"{cut} of {len(sentences)} sentences are cut after {encoder.max_length} tokens")
-    vocabulary = encoder.model.get_input_embeddings().num_embeddings
+    vocabulary = len(encoder.model.get_input_embeddings().weight)
     if max(ids) >= vocabulary:
         fail(f"the tokenizer gives the id {max(ids)}; the model has {vocabulary} word embeddings")
     return Tokens(np.array(ids, np.int32), np.array(starts))

@@ -243,7 +243,7 @@ def find_special_tokens(model, tokenizer, settings):
     for role in ("pad", "eos", "unk"):
         ids.append(getattr(model.config, f"{role}_token_id", None))
         ids.append(tokenizer.token_to_id(tokens.get(f"{role}_token", "")))
-    vocabulary = range(model.get_input_embeddings().num_embeddings)
+    vocabulary = range(len(model.get_input_embeddings().weight))
     for number in ids:
         if number in vocabulary and "pad_token" not in tokens:
             tokens["pad_token"] = tokenizer.id_to_token(number)
@@ -257,7 +257,7 @@ def find_limit(name, model, tokenizer, limit):
     for key, part in model.named_modules():  # some count positions from the padding token's id
         padding = getattr(part, "padding_idx", None)
         if "position_embeddings" in key and padding is not None:
-            positions = part.num_embeddings - padding - 1
+            positions = len(part.weight) - padding - 1
     if positions > 0:
         limit = min(limit, positions)
     special = tokenizer.num_special_tokens_to_add(False)
