@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch.nn.utils import get_total_norm, parameters_to_vector
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
@@ -27,6 +28,7 @@ from demo import tiny
 from support import attempt, escape_unprintable, fail, interruptible
 from support.data import Corpus
 from support.encoder import dry_run, pooled_layers, save_encoder
+from support.files import save
 from support.loading import load_encoder
 from support.run import (
     RESUME_ADVICE,
@@ -352,7 +354,7 @@ def train(s, corpus, objective, keep_epochs=None):
             scheduler.step()
         lambda_max = measure_sharpness(objective, corpus, s) if s.sharpness else None
         log.end_epoch(lambda_max)
-        if keep_epochs:
+        if keep_epochs and rank() == 0:
             save_student(objective, Path(keep_epochs, str(epoch + 1)))
         checkpoint.save(epoch + 1)
     log.close()
@@ -460,14 +462,14 @@ def save_student(objective, folder):
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_encoder(folder, objective.encoder)
     projections = [W.detach().cpu() for W in objective.projections]
-    torch.save(projections, Path(folder, "projections.pt"))
+    save(Path(folder, "projections.pt"), projections)
 
 
 def finish(s, cache, objective):
     """Write the student and its record to the output folder: each file whole, all at the end."""
     if rank() == 0:
         draft = new_draft(s)
-        with attempt(f"write {s.output}", OSError):
+        with attempt(f"write {s.output}", OSError, SafetensorError):
             save_student(objective, draft)
         publish(s, cache, draft)
 

@@ -170,6 +170,8 @@ def check_output_folder(s):
     """End the program if the output folder holds something that must not be touched."""
     keep_apart("--output", s.output, student=s.student, teacher=s.teacher)
     out = Path(s.output)
+    if out.is_file():
+        fail(f"--output {out} is a file; give the name of a folder")
     names = {path.name for path in out.glob("*")}
     if s.resume and "talas.json" in names and "checkpoint.pt" not in names:
         fail(f"--resume: {out} is a finished run; nothing is left to do")
@@ -202,7 +204,8 @@ class Checkpoint:
     def start_or_resume(self):
         """The number of completed epochs: with --resume the saved state is loaded, else it is 0."""
         if not self.resume:
-            self.path.unlink(missing_ok=True)  # an earlier run's, which is overwritten
+            for name in ("checkpoint.pt", "talas.json"):  # an earlier run's, which is overwritten
+                self.path.with_name(name).unlink(missing_ok=True)
         if not self.path.exists():
             return 0
         saved = load(self.path, mmap=False)
@@ -257,7 +260,10 @@ class Log:
     def write(self, lines, mode="a"):
         """Append lines to metrics.jsonl."""
         if rank() == 0:
-            with open(self.path, mode, encoding="utf-8") as file:
+            with (
+                attempt(f"write {self.path}", OSError),
+                open(self.path, mode, encoding="utf-8") as file,
+            ):
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def begin_epoch(self):
