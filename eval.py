@@ -24,7 +24,7 @@ from sklearn.metrics import average_precision_score, f1_score
 
 from cache_teacher import fit_lsa
 from demo.tiny import tiny_student
-from support import attempt, fail, interruptible
+from support import attempt, escape_unprintable, fail, interruptible
 from support.data import DEMO, HUB, IN_DOMAIN, load_hub_split, read_table, unique_corpus
 from support.encoder import Encoder, encode, tokenize
 from support.files import check_output, positive, read_json, write_json
@@ -186,8 +186,8 @@ def metric_of(name, rows):
 
 def check_row(row, metric):
     """Make a row's target a number, or text if it is a class; ValueError if a cell is wrong."""
-    *texts, target = COLUMNS[metric]
-    for column in texts:
+    target = COLUMNS[metric][-1]
+    for column in COLUMNS[metric][:-1]:
         if not isinstance(row.get(column), str):
             raise ValueError(f"its {column} is not text")
     value = row.get(target)
@@ -195,10 +195,10 @@ def check_row(row, metric):
         raise ValueError(f"its {target} is missing, or neither text nor a number")
     if metric == "F1":
         row[target] = str(value).removesuffix(".0")  # 1 and 1.0 are one class, "1" and "01" are two
-        return
-    row[target] = float(value)
-    if not np.isfinite(row[target]):
-        raise ValueError(f"its {target} is {value}")
+    else:
+        row[target] = float(value)
+        if not np.isfinite(row[target]):
+            raise ValueError(f"its {target} is {value}")
 
 
 def number_classes(rows):
@@ -213,16 +213,16 @@ def number_classes(rows):
 # -------------------------------------------------------------------------------------- the models
 def load_model(name, pooling, args):
     """The Encoder of a folder, a Hub id or tiny; for lsa, scikit-learn's pipeline."""
+    device = pick_device(args.device)
     if name not in ("lsa", "tiny"):
-        device = pick_device(args.device)
         return load_encoder(name, pooling, args.max_length, device=device)
     corpus = data_folder(args.data) / "corpus.jsonl"
     if not corpus.exists():
         fail(f"{name} belongs to the demo; with --data {args.data} it needs {corpus}")
-    sentences, *_ = unique_corpus(str(corpus))
+    sentences = unique_corpus(str(corpus))[0]
     if name == "lsa":
         return fit_lsa(sentences)
-    return tiny_student(sentences, TINY_SEED, pooling, args.max_length, pick_device(args.device))
+    return tiny_student(sentences, TINY_SEED, pooling, args.max_length, device)
 
 
 def embed(model, texts, batch_size, label):
@@ -286,10 +286,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
     flag = parser.add_argument
-    models = (
-        "folders; Hub ids; lsa: the demo's teacher; "
-        f"tiny: its student, untrained, of seed {TINY_SEED}"
-    )
+    models = "folders, Hub ids, lsa (the demo's teacher), tiny (its student, untrained, seed 42)"
     flag("models", nargs="*", default=["student"], help=models)
     flag("--data", default="demo", help="demo; hub: the paper's nine; or a folder of tasks")
     flag("--tasks", help="some of the tasks: a,b,c")
@@ -300,9 +297,7 @@ def parse_args(argv):
     flag("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
     args = parser.parse_args(argv)
     if len(set(args.models)) < len(args.models):
-        fail(
-            f"the same model is listed twice: {' '.join(args.models)}; write one of them as ./NAME"
-        )
+        fail(f"the same model is listed twice: {' '.join(args.models)}; write one as ./NAME")
     if args.tasks is not None:
         args.tasks = args.tasks.split(",")
     args.pooling = args.pooling.split(",")
@@ -320,6 +315,7 @@ def parse_args(argv):
 
 def main(argv=None):
     """The command line: load the tasks, score each model that can be scored, print the table."""
+    escape_unprintable()
     args = parse_args(argv)
     results = {}
     with interruptible("the scores so far, if any, are in the table above"):

@@ -58,8 +58,6 @@ def read_csv(path, text):
     start = 1  # the line where the current row begins
     try:
         columns = [name.strip() for name in reader.fieldnames or []]
-        if len(set(columns)) < len(columns):
-            raise csv.Error(f"two columns have the same name: {columns}")
         reader.fieldnames = columns
         start = reader.line_num + 1
         for row in reader:
