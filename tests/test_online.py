@@ -1,311 +1,328 @@
-"""The methods with an online teacher: tables worked by hand, plain loops, whole runs."""
+"""The methods with an online teacher: tables worked by hand, each loss in loops, whole runs."""
 
 import json
-import math
-from functools import lru_cache
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SENTENCES, small_bert
-from scipy.optimize import linprog
-from transformers import MambaConfig, MambaModel
+from helpers import SENTENCES, before_each_step, metrics, random_rows, small_bert, tokenize_alone
+from torch import cosine_similarity
+from torch.nn.functional import pad
+from torch.testing import assert_close
+from transformers import AutoModel
 
 import talas
 from study import online
 
-METHODS = ["cdm", "dskd", "emo"]
-TEXTS = [*(SENTENCES[i] for i in (0, 3, 9, 14)), "A rose."]  # of five lengths, some with a garden
-G = torch.Generator().manual_seed(0)
-X, Y = torch.randn(6, 4, generator=G).double(), torch.randn(6, 5, generator=G).double()
+TEXTS = [SENTENCES[0], SENTENCES[3], SENTENCES[14], "A rose."]  # of four lengths
 
 
-# --------------------------------------------------------------------------------- pure functions
+# ------------------------------------------------------------------ which tokens belong together
 def test_edit_distances_by_hand():
-    found = online.edit_distances(["kitten", "", "flaw"], ["sitting", "lawn", ""])
-    assert found.tolist() == [[3, 5, 6], [7, 4, 0], [7, 2, 4]]
+    distances = online.edit_distances(["kitten", "", "flaw"], ["sitting", "lawn", ""])
+    assert distances.tolist() == [[3, 5, 6], [7, 4, 0], [7, 2, 4]]
 
 
-def test_a_warping_by_hand():
-    cost = np.array([[1, 3, 4, 9], [2, 0, 1, 7], [9, 5, 2, 1]])
-    assert online.warp(cost) == [(0, 0), (1, 1), (1, 2), (2, 3)]  # 1 + 0 + 1 + 1
-    assert online.warp(np.array([[0, 2], [0, 1], [9, 0]])) == [(0, 0), (1, 0), (2, 1)]
-    zeros = np.zeros((3, 5))  # all ways are equally cheap
-    assert online.warp(zeros) == [(0, 0), (0, 1), (0, 2), (1, 3), (2, 4)]
-    assert online.warp(zeros.T) == [(0, 0), (1, 0), (2, 0), (3, 1), (4, 2)]
+@pytest.mark.parametrize(
+    "cost, path",
+    [
+        # D is 0 1 7 / 5 4 2 / 14 11 4
+        pytest.param([[0, 1, 6], [5, 4, 1], [9, 7, 2]], [(0, 0), (0, 1), (1, 2), (2, 2)], id="D"),
+        pytest.param([[0, 2], [0, 1], [9, 0]], [(0, 0), (1, 0), (2, 1)], id="longer"),
+        pytest.param([[0, 0, 0], [0, 0, 0]], [(0, 0), (0, 1), (1, 2)], id="all equally cheap"),
+        pytest.param([[0, 0], [0, 0], [0, 0]], [(0, 0), (1, 0), (2, 1)], id="again, turned"),
+    ],
+)
+def test_the_cheapest_path_by_hand(cost, path):
+    assert online.warp(np.array(cost)) == path
 
 
-def cka(X, Y):
-    X, Y = ([[x - sum(c) / len(c) for x, c in zip(row, zip(*Z))] for row in Z] for Z in (X, Y))
-
-    def length(A, B):
-        products = [sum(a * b for a, b in zip(x, y)) for x in zip(*A) for y in zip(*B)]
-        return math.sqrt(sum(product**2 for product in products))
-
-    return length(X, Y) / math.sqrt(length(X, X) * length(Y, Y))
-
-
-def test_cka_against_loops_and_its_invariances():
-    expected = pytest.approx(1 - cka(X.tolist(), Y.tolist()), abs=1e-9)
-    turn = torch.linalg.qr(torch.randn(4, 4, generator=G).double())[0]
-    for same in (X, X @ turn, 30 * X, X + 7):
-        assert online.cka_loss(same, Y).item() == expected
-    assert online.cka_loss(X, X).item() == pytest.approx(0, abs=1e-9)
-    assert online.cka_loss(X[:2], Y[:2]).item() == pytest.approx(0, abs=1e-9)  # says nothing
-    alike = X[:1].repeat(3, 1).requires_grad_()
-    online.cka_loss(alike, Y[:3]).backward()
-    assert alike.grad.isfinite().all()
-
-
-def test_the_plan_has_its_marginals_and_nears_the_cheapest():
-    cost = torch.rand(4, 6, generator=G).double()
-    a, b = (torch.rand(n, generator=G).double().softmax(0) for n in (4, 6))
-    plan = online.sinkhorn(cost, a, b, 0.1, 500)
-    assert torch.allclose(plan.sum(1), a) and torch.allclose(plan.sum(0), b)
-    scaled = (plan / (-cost / 0.1).exp()).log()  # log u_i + log v_j
-    assert torch.allclose(scaled - scaled[:1], (scaled - scaled[:1])[:, :1].expand(4, 6))
-    sums = np.vstack([np.kron(np.eye(4), np.ones(6)), np.kron(np.ones(4), np.eye(6))])
-    best = linprog(cost.flatten().numpy(), A_eq=sums, b_eq=torch.cat([a, b]).numpy()).fun
-    near, nearer = [(online.sinkhorn(cost, a, b, e, 4000) * cost).sum() for e in (0.1, 0.003)]
-    assert best < nearer < near and nearer.item() == pytest.approx(best, abs=1e-3)
-
-
-def test_the_mean_square_of_unit_vectors_is_a_cosine():
-    twice = 2 * (1 - torch.cosine_similarity(3 * X, Y[:, :4])).mean().item()
-    assert online.unit_mse(3 * X, Y[:, :4]).item() == pytest.approx(twice / 4)
-    assert online.unit_mse(3 * X, Y[:, :4], "sentences").item() == pytest.approx(twice)
-
-
-# ------------------------------------------------------------------------ the losses, plain loops
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A student of 3 layers and a teacher of 5, whose tokenizer splits garden into gar, ##den."""
-    folder, how = tmp_path_factory.mktemp("models"), {"initializer_range": 1.0}
-    student = small_bert(folder / "student", **how)
-    small_bert(folder / "teacher", seed=1, num_hidden_layers=5, hidden_size=48, **how)
+    folder = tmp_path_factory.mktemp("models")
+    small_bert(folder / "student", initializer_range=1.0)
+    sizes = {"num_hidden_layers": 5, "hidden_size": 48, "initializer_range": 1.0}
+    small_bert(folder / "teacher", seed=1, **sizes)
     tokenizer = folder / "teacher" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace('"garden"', '"gardens"'))
-    return ["--student", str(student), "--teacher", str(folder / "teacher"), "--device", "cpu"]
+    return folder
 
 
-def prepare(flags, texts=TEXTS):
-    s = online.parse_settings([*flags, "--teacher_pooling", "mean", "--temperature", "0.3"])
-    cache = {"sentences": texts, "sources": texts, "embeddings": torch.zeros(len(texts), 0)}
-    corpus, objective = online.prepare(s, cache)
+def prepare(models, flags, texts=TEXTS):
+    """(corpus, objective) for some flags."""
+    argv = f"--student {models}/student --teacher {models}/teacher --device cpu {flags}".split()
+    torch.manual_seed(0)
+    cache = {"sentences": texts, "sources": texts, "embeddings": None}
+    return online.prepare(online.parse_settings(argv), cache)
+
+
+# [CLS] the cook sees the door in the garden . [SEP], and with gar ##den: 0 to 10, and 0 to 11
+SAME = [(i, i) for i in range(8)]
+CDM = [*SAME[1:], (7, 8), (8, 9), (9, 10)]
+EMO = [*SAME[:6], (6, 9), (7, 8), (9, 10), (10, 11)]  # den is nearest to in, gar to the
+
+
+@pytest.mark.parametrize(
+    "method, links, mutual",
+    [
+        ("cdm", CDM, []),
+        ("emo", EMO, [*SAME, (9, 10), (10, 11)]),
+        ("dskd", [(i, j) for i in range(1, 10) for j in range(1, 11)], []),
+    ],
+)
+def test_tokens_where_the_teacher_splits_a_word(models, method, links, mutual):
+    corpus, _ = prepare(models, f"--method {method}")
+    found_links, found_mutual = corpus.match(SENTENCES[0])
+    assert sorted(found_links) == links
+    assert sorted(found_mutual) == mutual
+
+
+# ------------------------------------------------------------------------------ parts of the losses
+def test_the_mean_square_of_unit_vectors_is_a_cosine():
+    a = random_rows(6, 4, seed=0)
+    b = random_rows(6, 4, seed=1)
+    distance = (1 - cosine_similarity(a, b)).mean()
+    assert_close(online.unit_mse(a, b), 2 * distance / 4)
+    assert_close(online.unit_mse(a, b, "sentences"), 2 * distance)
+
+
+def test_cka_of_centred_gram_matrices():
+    X = random_rows(6, 4, seed=0)
+    Y = random_rows(6, 5, seed=1)
+    centre = torch.eye(6).double() - 1 / 6
+    K = centre @ X @ X.T @ centre
+    L = centre @ Y @ Y.T @ centre
+    kornblith = (K * L).sum() / (K.norm() * L.norm())
+    assert_close(online.cka_loss(X, Y), 1 - kornblith.sqrt())
+    assert online.cka_loss(X, X).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_cka_of_equal_rows_has_a_gradient():
+    X = torch.ones(3, 4, requires_grad=True)
+    online.cka_loss(X, random_rows(3, 5)).backward()
+    assert X.grad.isfinite().all()
+
+
+COST = random_rows(4, 6, seed=0).sigmoid()
+A = random_rows(4, seed=1).softmax(0)
+B = random_rows(6, seed=2).softmax(0)
+
+
+def test_sinkhorn_gives_a_plan_of_its_form_with_its_marginals():
+    plan = online.sinkhorn(COST, A, B, epsilon=0.1, iterations=500)
+    assert_close(plan.sum(1), A)
+    assert_close(plan.sum(0), B)
+    assert torch.linalg.matrix_rank(plan * (COST / 0.1).exp()) == 1  # u vᵀ
+
+
+def test_padding_does_not_change_a_plan_that_has_not_converged():
+    plan = online.sinkhorn(COST, A, B, epsilon=0.1, iterations=2)
+    padded_cost = pad(COST, (0, 2, 0, 1), value=0.5)
+    padded_plan = online.sinkhorn(padded_cost, pad(A, (0, 1)), pad(B, (0, 2)), 0.1, iterations=2)
+    assert_close(padded_plan, pad(plan, (0, 2, 0, 1)))
+
+
+# -------------------------------------------------- each method, in loops over sentences alone
+class Alone:
+    """What an encoder makes of one sentence without padding: states (n, d), attention (n, n)."""
+
+    def __init__(self, folder, text):
+        model = AutoModel.from_pretrained(folder, attn_implementation="eager")
+        ids = torch.tensor([tokenize_alone(folder, [text])[0].ids])
+        with torch.no_grad():
+            output = model(ids, output_hidden_states=True, output_attentions=True)
+        self.states = [hidden[0] for hidden in output.hidden_states]
+        self.last = self.states[-1]
+        self.attention = [attention[0].mean(0) for attention in output.attentions]
+
+
+def mean_distance(pairs, mse):
+    """2 (1 - cos), the mean over pairs of vectors; or over their elements."""
+    distances = [2 * (1 - cosine_similarity(a, b, dim=0)) for a, b in pairs]
+    mean = sum(distances) / len(pairs)
+    return mean / len(pairs[0][0]) if mse == "elements" else mean
+
+
+def cdm(corpus, student, teacher, projections, mse):
+    (P,) = projections
+    words, sentences = [], []
+    for text, S, T in zip(TEXTS, student, teacher):
+        links, _ = corpus.match(text)
+        for token in {i for i, j in links}:
+            linked = [T.last[j] for i, j in links if i == token]
+            words.append((S.last[token] @ P, sum(linked) / len(linked)))
+        sentences.append((S.last[0] @ P, T.last.mean(0)))
+    return 50 * mean_distance(words, mse) + mean_distance(sentences, mse)
+
+
+def dskd(corpus, student, teacher, projections, mse):
+    to_T, to_S, q_S, k_T, v_T, q_T, k_S, v_S = projections
+    sentences_T, sentences_S, words_T, words_S = [], [], [], []
+    for x, y in zip(student, teacher):
+        sentences_T.append((x.last[0] @ to_T, y.last.mean(0)))
+        sentences_S.append((x.last[0], y.last.mean(0) @ to_S))
+        S, T = x.states[2], y.states[3]  # of 3 and 5
+        S_from_T = (S @ q_S @ (T @ k_T).T / 32**0.5).softmax(1) @ T @ v_T
+        T_from_S = (T @ q_T @ (S @ k_S).T / 32**0.5).softmax(1) @ S @ v_S
+        words_S += zip(S[1:-1], S_from_T[1:-1])  # without [CLS] and [SEP]
+        words_T += zip(T[1:-1], T_from_S[1:-1])
+    loss = mean_distance(sentences_T, mse) + mean_distance(sentences_S, mse)
+    return loss + mean_distance(words_T, mse) + mean_distance(words_S, mse)
+
+
+def emo(corpus, student, teacher, projections, mse):
+    (P,) = projections
+    relations = transport = 0.0
+    for text, S, T in zip(TEXTS, student, teacher):
+        links, mutual = corpus.match(text)
+        importance = T.attention[-1].sum(0).softmax(0)
+        mass = torch.full((len(S.last),), importance.min())
+        for i, j in links:
+            mass[i] = importance[j]
+        ranked = sorted(mutual, key=lambda pair: importance[pair[1]], reverse=True)
+        first = torch.tensor(ranked[: max(3, len(ranked) // 3)])
+        rows = T.attention[2]  # 3 * (5 // 3) - 1: the place of the student's last layer
+        relations += online.cka_loss(S.attention[-1][first[:, 0]], rows[first[:, 1]])
+        cost = 1 - (S.last @ (T.last @ P).T / 32**0.5).softmax(1)
+        plan = online.sinkhorn(cost, mass / mass.sum(), importance, 0.1, 100)
+        transport += (plan * cost).sum() / len(TEXTS)
+    return 0.05 * relations + 0.5 * transport
+
+
+@pytest.mark.parametrize("mse", ["elements", "sentences"])
+@pytest.mark.parametrize("method, simcse_weight", [(cdm, 0.5), (dskd, 1.0), (emo, 0.5)])
+def test_a_batch_gives_what_its_sentences_give_alone(
+    models, method, simcse_weight, mse, monkeypatch
+):
+    monkeypatch.setattr(online, "PIECE", 3)
+    flags = f"--method {method.__name__} --teacher_pooling mean --temperature 0.3 --mse {mse}"
+    corpus, objective = prepare(models, flags)
+    for W in objective.projections:
+        W.data *= 8  # or attention would be nearly the same everywhere
+    loss, terms = objective.eval()(*corpus.batch(torch.arange(4))[:2])
+    student = [Alone(models / "student", text) for text in TEXTS]
+    teacher = [Alone(models / "teacher", text) for text in TEXTS]
+    distillation = method(corpus, student, teacher, objective.projections, mse).item()
+    z = torch.stack([S.last[0] for S in student])
+    simcse = talas.simcse_loss(z, z, 0.3).item()
+    assert terms["distillation"].item() == pytest.approx(distillation, rel=1e-4)
+    assert loss.item() == pytest.approx(simcse_weight * simcse + distillation, rel=1e-4)
+    loss.backward()
+    assert all(W.grad.any() for W in objective.projections)
+    assert all(weights.grad is None for weights in corpus.teacher.model.parameters())
+
+
+def test_the_first_of_two_views_is_distilled(models, monkeypatch):
+    corpus, objective = prepare(models, "--method cdm --temperature 0.3")
+    tokens, teacher, _ = corpus.batch(torch.tensor([2, 0, 1]))
+    two_views = {name: x.repeat(2, 1) for name, x in tokens.items()}
+    torch.manual_seed(0)  # of dropout
+    states = online.token_states(objective.encoder, two_views, {})
+    first_view = {name: x[:3] for name, x in states.items()}
+    distillation = online.cdm_loss(objective.projections, first_view, teacher, objective.s)
+    torch.manual_seed(0)
+    _, terms = objective(tokens, teacher)
+    assert_close(terms["distillation"], distillation)
+
+
+# ------------------------------------------------------------------------ what the settings reach
+@pytest.mark.parametrize("method", ["cdm", "dskd", "emo"])
+def test_projections_start_as_the_methods_own_or_as_set(models, method):
+    _, objective = prepare(models, f"--method {method}")
     for W in objective.projections:
         n, m = W.shape
-        bound = math.sqrt(6 / (n + m)) if "dskd" in flags else 1 / math.sqrt(n)
-        assert 0.95 < W.abs().max() / bound <= 1  # Xavier's, or torch's own
-        W.data *= 8  # or attention would be nearly the same everywhere
-    return corpus, objective.eval()  # no dropout
+        bound = (6 / (n + m)) ** 0.5 if method == "dskd" else n**-0.5  # Xavier's; torch's own
+        assert 0.95 < W.abs().max() / bound <= 1
+    _, objective = prepare(models, f"--method {method} --projection_std 7")
+    for W in objective.projections:
+        assert W.std().item() == pytest.approx(7, rel=0.1)
 
 
-@lru_cache(None)
-def far(x, y):
-    ways = [far(x[1:], y) + 1, far(x, y[1:]) + 1] if x and y else [len(x) + len(y)]
-    return min([*ways, far(x[1:], y[1:]) + (x[0] != y[0])] if x and y else ways)
+@pytest.mark.parametrize(
+    "method, defaults",
+    [
+        ("cdm", {"temperature": 0.07, "projection_lr_scale": 2, "warmup_ratio": 0.06}),
+        ("dskd", {"temperature": 0.07, "projection_lr_scale": 1, "warmup_ratio": 0.06}),
+        ("emo", {"temperature": 0.05, "projection_lr_scale": 1, "warmup_ratio": 0.1}),
+    ],
+)
+def test_each_method_has_its_own_defaults(method, defaults):
+    s = online.parse_settings(["--method", method, "--student", "x"])
+    shared = {"optimizer": "adamw", "mse": "elements", "teacher_dtype": "float32"}
+    assert (defaults | shared).items() <= asdict(s).items()
+    s = online.parse_settings(["--method", method, "--student", "x", "--temperature", "1"])
+    assert s.temperature == 1
 
 
-class Alone:
-    """One sentence, without padding, in an encoder: tokens, states and attention as arrays."""
-
-    def __init__(self, encoder, text):
-        row = encoder.tokenizer.encode(text)
-        self.tokens, self.words = [t.strip("#") for t in row.tokens], range(1, len(row.ids) - 1)
-        encoder.model.set_attn_implementation("eager")
-        how = {"output_hidden_states": True, "output_attentions": True}
-        given = encoder.model(torch.tensor([row.ids]), **how)
-        self.states = [h[0].detach().double().numpy() for h in given.hidden_states]
-        self.maps = [a[0].detach().double().mean(0).numpy() for a in given.attentions]
-        self.last, self.n = self.states[-1], len(row.ids)
+def test_what_the_settings_of_the_teacher_reach(models):
+    flags = "--teacher_dtype bfloat16 --teacher_pooling last --max_length 6"
+    corpus, _ = prepare(models, flags)
+    assert corpus.teacher.model.dtype == torch.bfloat16
+    assert corpus.teacher.pooling == "last"
+    assert np.diff(corpus.teacher_tokens.starts).max() == 6
+    assert not corpus.teacher.model.training
 
 
-def mse(pairs, mean):
-    squares = np.array([(x / np.linalg.norm(x) - y / np.linalg.norm(y)) ** 2 for x, y in pairs])
-    return squares.mean() if mean == "elements" else squares.sum(1).mean()
-
-
-def softmax(x):
-    return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
-
-
-def cdm(S, T, W, mean):
-    words = []
-    for own, its in zip(S, T):
-        best = {}  # of a pair of tokens: the cheapest way there, from the front
-        for j in its.words:
-            for i in own.words:
-                ways = [best.get(w, (np.inf, [])) for w in ((j - 1, i - 1), (j - 1, i), (j, i - 1))]
-                cost, path = min(ways, key=lambda way: way[0]) if best else (0, [])
-                best[j, i] = cost + far(its.tokens[j], own.tokens[i]), [*path, (j, i)]
-        for i in own.words:
-            states = [its.last[j] for j, k in best[its.words[-1], own.words[-1]][1] if k == i]
-            words.append((own.last[i] @ W["P"], np.mean(states, axis=0)))
-    sentences = [(own.last[0] @ W["P"], its.last.mean(0)) for own, its in zip(S, T)]
-    return 50 * mse(words, mean) + mse(sentences, mean)
-
-
-def dskd(S, T, W, mean):
-    pairs = [[], [], [], []]
-    for x, y in zip(S, T):
-        s, t = x.states[2], y.states[3]
-        own = softmax(s @ W["q_S"] @ (t @ W["k_T"]).T / math.sqrt(32)) @ t @ W["v_T"]
-        its = softmax(t @ W["q_T"] @ (s @ W["k_S"]).T / math.sqrt(32)) @ s @ W["v_S"]
-        pairs[0] += [(s[i], own[i]) for i in x.words]
-        pairs[1] += [(t[j], its[j]) for j in y.words]
-        pairs[2] += [(x.last[0] @ W["to_T"], y.last.mean(0))]
-        pairs[3] += [(x.last[0], y.last.mean(0) @ W["to_S"])]
-    return sum(mse(some, mean) for some in pairs)
-
-
-def nearest(j, one, other):
-    if j in (0, one.n - 1):
-        return j and other.n - 1
-
-    def rank(i):
-        apart = abs(i / (other.n - 1) - j / (one.n - 1))
-        return far(one.tokens[j], other.tokens[i]), apart
-
-    return min(other.words, key=rank)
-
-
-def emo(S, T, W, mean):
-    relations, transport = 0, []
-    for own, its in zip(S, T):
-        importance, pairs = softmax(its.maps[-1].sum(0)), []
-        mass = np.full(own.n, importance.min())
-        for j in range(its.n):
-            i = nearest(j, its, own)
-            mass[i] = importance[j]
-            pairs += [(importance[j], i, j)] if nearest(i, own, its) == j else []
-        _, i, j = map(list, zip(*sorted(pairs, reverse=True)[: max(3, len(pairs) // 3)]))
-        relations += 1 - cka(own.maps[-1][i].tolist(), its.maps[2][j].tolist())
-        cost = 1 - softmax(own.last @ (its.last @ W["P"]).T / math.sqrt(32))
-        K, u = np.exp(-cost / 0.1), np.ones(own.n)
-        for _ in range(100):
-            v = importance / (K.T @ u)
-            u = mass / mass.sum() / (K @ v)
-        transport.append((u[:, None] * K * v * cost).sum())
-    return 0.05 * relations + 0.5 * np.mean(transport)
-
-
-@pytest.mark.parametrize("mean", ["elements", "sentences"])
-@pytest.mark.parametrize("by_hand", [cdm, dskd, emo])
-def test_a_batch_is_as_its_sentences_alone(models, by_hand, mean, monkeypatch):
-    """So neither padding, nor the other sentences, nor the pieces change what each gives."""
-    monkeypatch.setattr(online, "PIECE", 3)
-    method = by_hand.__name__
-    corpus, objective = prepare([*models, "--method", method, "--mse", mean])
-    teacher = corpus.teacher.model
-    before = [w.clone() for w in teacher.state_dict().values()]
-    loss, terms = objective(*corpus.batch(torch.arange(5))[:2])
-    loss.backward()
-    S, T = ([Alone(side, text) for text in TEXTS] for side in (corpus.student, corpus.teacher))
-    matrices = dict(zip(online.MATRICES[method], objective.projections, strict=True))
-    own = by_hand(S, T, {name: W.detach().double().numpy() for name, W in matrices.items()}, mean)
-    z = torch.tensor(np.array([x.last[0] for x in S]))
-    simcse = talas.simcse_loss(z, z, 0.3).item()
-    assert terms["distillation"].item() == pytest.approx(own, rel=1e-4)
-    expected = (1.0 if method == "dskd" else 0.5) * simcse + own
-    assert loss.item() == terms["loss"].item() == pytest.approx(expected, rel=1e-4)
-    assert len(matrices) == (8 if method == "dskd" else 1)
-    assert all(W.grad.isfinite().all() and W.grad.any() for W in matrices.values())
-    assert all(W.grad is None for W in teacher.parameters()) and not teacher.training
-    assert all(map(torch.equal, before, teacher.state_dict().values()))
-
-
-def test_the_first_view_is_the_one_that_is_distilled(models, monkeypatch):
-    corpus, objective = prepare([*models, "--method", "cdm"])
-    seen = []
-    monkeypatch.setattr(online, "cdm_loss", lambda W, student, *_: seen.append(student) or 0.0)
-    objective.train()
-    objective(*corpus.batch(torch.arange(5))[:2])
-    assert torch.equal(seen[0]["last"][:, 0], seen[0]["sentence"])
-
-
-def test_a_word_that_the_teacher_alone_splits(models):
-    """The cook sees the door in the garden; den is nearest to in, gar to the."""
-    corpus = prepare([*models, "--method", "cdm"], TEXTS[:1])[0]
-    same = [[i, i] for i in range(8)]  # of student and teacher
-    assert corpus.matches[0][0].tolist() == [*same[1:], [7, 8], [8, 9], [9, 10]]
-    corpus = prepare([*models, "--method", "emo"], TEXTS[:1])[0]
-    links, mutual = corpus.matches[0]
-    assert sorted(mutual.tolist()) == [*same, [9, 10], [10, 11]]
-    assert sorted(links.tolist()) == [*same[:6], [6, 9], [7, 8], [9, 10], [10, 11]]
-    given = corpus.batch(torch.arange(1))[1]
-    mass, importance = given["mass"][0], given["importance"][0]  # garden's is the least there is
-    assert (mass[8] / mass[6]).item() == pytest.approx((importance.min() / importance[9]).item())
+def test_the_identity_of_a_corpus_is_its_teachers_too(models):
+    corpus, _ = prepare(models, "")
+    identity = corpus.identity()
+    corpus.teacher.model.get_input_embeddings().weight.data[5, 5] += 1
+    assert corpus.identity() != identity
+    pooled_otherwise, _ = prepare(models, "--teacher_pooling mean")
+    assert pooled_otherwise.identity() != identity
 
 
 # -------------------------------------------------------------------------------------- whole runs
 @pytest.fixture
-def flags(models, corpus, tmp_path):
-    files = ["--corpus", str(corpus), "--output", str(tmp_path / "out")]
-    return [*models, *files, "--epochs", "2", "--batch_size", "24"]
+def flags(models, corpus, tmp_path, monkeypatch):
+    """Two epochs of two steps, from the current folder."""
+    monkeypatch.chdir(tmp_path)
+    flags = f"--student {models}/student --teacher {models}/teacher --corpus {corpus}"
+    return f"{flags} --output out --device cpu --epochs 2 --batch_size 24".split()
 
 
-def weights(folder):
-    matrices = torch.load(folder / "projections.pt", weights_only=True)
-    return (folder / "model.safetensors").read_bytes(), [W.tolist() for W in matrices]
+def saved_weights(folder):
+    """Of the student, and the projections."""
+    projections = [W.tolist() for W in torch.load(f"{folder}/projections.pt")]
+    return Path(folder, "model.safetensors").read_bytes(), projections
 
 
-@pytest.mark.parametrize("method, optimizer", list(zip(METHODS, ["asam", "sam", "adamw"])))
-def test_a_run_ends_the_same_though_interrupted(
-    flags, tmp_path, method, optimizer, monkeypatch, ends_with_one_line
-):
+@pytest.mark.parametrize("method, optimizer", [("cdm", "asam"), ("dskd", "sam"), ("emo", "adamw")])
+def test_an_interrupted_run_resumes_to_the_bit(flags, method, optimizer, monkeypatch):
     flags += ["--method", method, "--optimizer", optimizer]
-    monkeypatch.setattr(online, "PIECE", 64)
     online.main(flags)
-    out, step, steps = tmp_path / "out", talas.training_step, []
-    told = json.loads((out / "talas.json").read_text())
-    assert told["settings"]["method"] == method and told["teacher"] == flags[3]
-    assert "distillation" in json.loads((out / "metrics.jsonl").read_text().split("\n")[0])
-    assert talas.load_student(talas.Settings(student=str(out)), []).dimensions == 32
 
-    def interrupted(*args):
-        steps.append(0)
-        if len(steps) == 3:  # in the second epoch
+    def stop(number, objective):
+        if number == 3:  # in the second epoch
             raise KeyboardInterrupt
-        return step(*args)
 
-    again = [*flags, "--output", str(tmp_path / "again")]
-    monkeypatch.setattr(talas, "training_step", interrupted)
-    with pytest.raises(SystemExit):
+    again = [*flags, "--output", "again"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        before_each_step(stop, patch)
         online.main(again)
-    monkeypatch.setattr(talas, "training_step", step)
-    other = [*again, "--resume", "--teacher", flags[1]]
-    ends_with_one_line(lambda: online.main(other), "--resume with another student or corpus")
     online.main([*again, "--resume"])
-    assert weights(tmp_path / "again") == weights(out)
+    assert saved_weights("again") == saved_weights("out")
+    record = json.loads(Path("again/talas.json").read_text())
+    assert record["settings"]["method"] == method
+    assert record["teacher"] == record["settings"]["teacher"]
+    assert metrics("again")[0][0].keys() > {"simcse", "distillation", "loss"}
 
 
-def test_each_method_has_its_own_defaults():
-    names = "temperature", "projection_lr_scale", "warmup_ratio", "lr", "epochs", "optimizer"
-    for method, own in zip(METHODS, [(0.07, 2, 0.06), (0.07, 1, 0.06), (0.05, 1, 0.1)]):
-        s = online.parse_settings(["--method", method, "--student", "x"])
-        assert tuple(getattr(s, name) for name in names) == (*own, 2e-5, 5, "adamw")
-    assert online.parse_settings(["--method", "emo", "--temperature", "1"]).temperature == 1
-
-
-def test_a_mistake_is_one_line(flags, tmp_path, ends_with_one_line):
-    teacher, blank, mamba = Path(flags[3]), tmp_path / "blank.txt", tmp_path / "mamba"
-    blank.write_text("A door.\n\u200b\x01\nA boat.\n")
-    MambaModel(MambaConfig(vocab_size=92, hidden_size=8, num_hidden_layers=1)).save_pretrained(
-        mamba
-    )
-    for path in teacher.glob("tokenizer*"):
-        (mamba / path.name).write_bytes(path.read_bytes())
-    for wrong, *words in [
+@pytest.mark.parametrize(
+    "wrong, word",
+    [
         (["--teacher", ""], "--teacher is missing"),
         (["--teacher", "nowhere/at-all"], "nowhere/at-all"),
-        (["--output", flags[3], "--overwrite"], "--output", "is the --teacher itself"),
-        (["--teacher", str(mamba), "--method", "emo"], "attention maps", "MambaModel"),
-        (["--corpus", str(blank), "--batch_size", "2"], "no word", "leave it out"),
-        (["--method", "stella"], "--method", "stella"),
+        (["--corpus", "blank.txt", "--batch_size", "2"], "no word"),
+        (["--method", "stella"], "stella"),
         (["--method"], "--method"),
         (["--lambda1", "1"], "--lambda1"),
-        (["--mse", "rows"], "--mse", "rows"),
         (["--batch_size", "1"], "--batch_size 1"),
-    ]:
-        ends_with_one_line(lambda wrong=wrong: online.main([*flags, "--overwrite", *wrong]), *words)
+    ],
+)
+def test_a_mistake_is_one_line(flags, wrong, word, ends_with_one_line):
+    Path("blank.txt").write_text("A door.\n\u200b\x01\nA boat.\n")
+    ends_with_one_line(lambda: online.main([*flags, *wrong]), word)
