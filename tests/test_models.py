@@ -1,470 +1,721 @@
 """Models are read as their authors meant them, or refused; what is saved is what was trained.
 
-They are built small. The truth: token ids by `tokenizers` from tokenizer.json, embeddings by
-transformers, a sentence at a time, and by sentence-transformers, where it is installed.
+The models are small and have random weights. The truth: token ids by `tokenizers` from
+tokenizer.json; embeddings by transformers, a sentence at a time, and by sentence-transformers.
 """
 
-import json
 import shutil
-from functools import cache as once
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx2
 import numpy as np
 import pytest
 import torch
-from conftest import HOME, SENTENCES, TEXTS, alone, own_ids, put
+from helpers import SENTENCES, TEXTS, alone, own_ids, write_files
 from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-import talas
 from support.data import Corpus
-from support.encoder import encode, pad, pool, pooled_layers, rehearse, tokenize
-from support.encoder import save_encoder as save
-from support.loading import load_encoder as load
-from support.run import check_fit
+from support.encoder import dry_run, encode, pad, pool, pooled_layers, save_encoder, tokenize
+from support.loading import load_encoder
 
-WORDS = "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+POOLING_CONFIG = "1_Pooling/config.json"
+PROMPT_CONFIG = "config_sentence_transformers.json"
+BERT_CONFIG = "sentence_bert_config.json"
 
 
 # ----------------------------------------------------------------------------------- small models
-BERT_LIKE = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-ROBERTA_LIKE = {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>", "mask": "<mask>"}
-LLAMA_LIKE = {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>"}
-LOWER, CASED = (normalizers.BertNormalizer(lowercase=lower) for lower in (True, False))
-OWN = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("oo", "u")])
-
-
-def tokenizer(algorithm, names, template="", normalizer=None):
-    """(tokenizer.json's Tokenizer, trained on the sentences, words for tokenizer_config.json)."""
-    how = {"special_tokens": list(names.values()), "show_progress": False}
-    if algorithm == "wordpiece":
-        model, split = models.WordPiece(unk_token=names["unk"]), pre_tokenizers.BertPreTokenizer()
-        trainer = trainers.WordPieceTrainer(**how)
-    elif algorithm == "bpe":
-        model, split = models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=False)
-        letters = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(initial_alphabet=letters, vocab_size=350, **how)
-    else:
-        model, split = models.Unigram(), pre_tokenizers.Metaspace()
-        trainer = trainers.UnigramTrainer(unk_token=names["unk"], **how)
-    made = Tokenizer(model)
-    made.pre_tokenizer, made.normalizer = split, normalizer
-    made.train_from_iterator(SENTENCES, trainer)
-    if template:
-        ids = [(token, made.token_to_id(token)) for token in names.values()]
-        made.post_processor = processors.TemplateProcessing(template, special_tokens=ids)
-    return made, {f"{role}_token": token for role, token in names.items()}
-
-
-def sizes(d="hidden_size", layers="num_hidden_layers", heads="num_attention_heads", **more):
-    """A small configuration, under the names that the model's own has for the sizes."""
-    return {"vocab_size": 400, d: 32, layers: 2, heads: 2} | more
-
-
-FFN, GPT_SIZES = {"intermediate_size": 48}, sizes("n_embd", "n_layer", "n_head", n_positions=64)
-ENDS = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-AS_ROBERTA = sizes(**FFN, **ENDS, max_position_embeddings=66)
-WORDPIECE = ("wordpiece", BERT_LIKE, "[CLS] $A [SEP]", LOWER)
-UNIGRAM = ("unigram", BERT_LIKE, "[CLS] $A [SEP]")
-ROBERTA, GPT = ("bpe", ROBERTA_LIKE, "<s> $A </s>"), ("bpe", {"eos": "<|end|>"})
-XLNET, ONE_HEAD = ("unigram", BERT_LIKE, "$A [SEP] [CLS]:2"), {"num_key_value_heads": 1}
-KINDS = {  # kind: (its tokenizer, its configuration, its pooling)
-    "bert": (WORDPIECE, sizes(**FFN, max_position_embeddings=64), "cls"),
-    "roberta": ((*ROBERTA, normalizers.Replace("oo", "u")), AS_ROBERTA, "cls"),
-    "mpnet": (("wordpiece", *ROBERTA[1:]), AS_ROBERTA, "cls"),
-    "distilbert": (WORDPIECE, sizes("dim", "n_layers", "n_heads", hidden_dim=48), "cls"),
-    "modernbert": (ROBERTA, sizes(**FFN, **ENDS, cls_token_id=0, sep_token_id=2), "cls"),
-    "deberta-v2": (UNIGRAM, sizes(**FFN, relative_attention=True, pos_att_type=["c2p"]), "cls"),
-    "xlnet": (XLNET, sizes("d_model", "n_layer", "n_head", d_inner=48), "not certain"),
-    "gpt2": (GPT, GPT_SIZES | dict.fromkeys(ENDS), "last"),
-    "llama": (("bpe", LLAMA_LIKE, "<s> $A"), sizes(**FFN), "last"),
-    "qwen3": (("bpe", {"pad": "<|end|>"}, "$A <|end|>"), sizes(**FFN, **ONE_HEAD), "last"),
-    "mpt": (GPT, sizes("d_model", "n_layers", "n_heads", max_seq_len=64), "last"),
-    "mamba": (GPT, sizes(state_size=4), "last"),
-    "opt": (ROBERTA, sizes(ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32), "last"),
+BERT_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
 }
-FAST = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**30}
-MORE = {"llama": {"add_bos_token": True, "add_eos_token": False}}  # as tokenizer.json does it
-MORE["xlnet"] = {"model_input_names": ["input_ids", "attention_mask", "token_type_ids"]}
+ROBERTA_TOKENS = {
+    "cls_token": "<s>",
+    "pad_token": "<pad>",
+    "sep_token": "</s>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+}
+LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+GPT_TOKENS = {"eos_token": "<|end|>"}
+SMALL = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL_BERT = SMALL | {"intermediate_size": 48, "max_position_embeddings": 64}
+SMALL_ROBERTA = SMALL_BERT | {
+    "max_position_embeddings": 66,  # of which 64 are used: they are counted from 2
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+SMALL_GPT2 = {
+    "vocab_size": 400,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 
 
-def build(folder, kind, config, made, about, **more):
-    """Write a model with random weights, tokenizer.json and tokenizer_config.json."""
+@dataclass
+class Kind:
+    """A kind of model, with a tokenizer of its kind."""
+
+    model_type: str
+    config: dict
+    algorithm: str  # of the tokenizer: wordpiece, bpe or unigram
+    special_tokens: dict
+    template: str = ""  # where the special tokens go
+    normalizer: object = None
+    tokenizer_config: dict = field(default_factory=dict)
+    pooling: str = "cls"  # what `auto` is for it
+
+
+def train_tokenizer(kind):
+    """A tokenizers.Tokenizer with the vocabulary of the sentences."""
+    options = {"special_tokens": list(kind.special_tokens.values()), "show_progress": False}
+    if kind.algorithm == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token=kind.special_tokens["unk_token"]))
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(**options)
+    elif kind.algorithm == "bpe":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        letters = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(initial_alphabet=letters, vocab_size=350, **options)
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(unk_token=kind.special_tokens["unk_token"], **options)
+    if kind.normalizer:
+        tokenizer.normalizer = kind.normalizer
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    if kind.template:
+        ids = [(token, tokenizer.token_to_id(token)) for token in options["special_tokens"]]
+        tokenizer.post_processor = processors.TemplateProcessing(kind.template, special_tokens=ids)
+    return tokenizer
+
+
+def build(folder, kind):
+    """Write a model of a kind with random weights, and its tokenizer. Returns the folder."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModel.from_config(AutoConfig.for_model(kind, **config))
+        model = AutoModel.from_config(AutoConfig.for_model(kind.model_type, **kind.config))
         for weight in model.parameters():
             weight.data.mul_(10 if weight.ndim > 1 else 1)  # so that sentences get unlike vectors
     model.save_pretrained(folder)
-    if "pad_token" in about:  # some files have both, and nobody follows
-        made.enable_padding(length=40, pad_token=about["pad_token"])
-    made.enable_truncation(9)
-    made.save(str(folder / "tokenizer.json"))
-    return put(folder, {WORDS: about | more})
+    tokenizer = train_tokenizer(kind)
+    tokenizer.enable_padding(length=40)  # files may say so, and no library follows
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return write_files(folder, {TOKENIZER_CONFIG: kind.special_tokens | kind.tokenizer_config})
 
 
-@once
-def built(kind):
-    """The folder of one of the models above, made once, and not to be changed."""
-    how, config, _ = KINDS[kind]
-    more = FAST | MORE.get(kind, {})
-    return build(Path(HOME.name, f"models-{kind}"), kind, config, *tokenizer(*how), **more)
+BERT = Kind("bert", SMALL_BERT, "wordpiece", BERT_TOKENS, "[CLS] $A [SEP]")
+BERT.normalizer = normalizers.BertNormalizer()
+ROBERTA = Kind("roberta", SMALL_ROBERTA, "bpe", ROBERTA_TOKENS, "<s> $A </s>")
+GPT2 = Kind("gpt2", SMALL_GPT2, "bpe", GPT_TOKENS, pooling="last")
+KINDS = [
+    BERT,
+    ROBERTA,
+    Kind(
+        "modernbert",
+        SMALL_ROBERTA | {"cls_token_id": 0, "sep_token_id": 2},
+        "bpe",
+        ROBERTA_TOKENS,
+        "<s> $A </s>",
+    ),
+    Kind(
+        "deberta-v2",  # version 3, with characters that its normalizer maps
+        SMALL_BERT | {"relative_attention": True, "pos_att_type": ["c2p"]},
+        "unigram",
+        BERT_TOKENS,
+        "[CLS] $A [SEP]",
+        normalizers.Sequence([normalizers.Replace("oo", "u"), normalizers.Lowercase()]),
+        {"tokenizer_class": "DebertaV2Tokenizer", "do_lower_case": False},
+    ),
+    Kind(
+        "xlnet",
+        {"vocab_size": 400, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 48},
+        "unigram",
+        BERT_TOKENS,
+        "$A [SEP] [CLS]",
+        pooling="last",
+    ),
+    GPT2,
+    Kind(
+        "llama",
+        SMALL_BERT,
+        "bpe",
+        LLAMA_TOKENS,
+        "<s> $A",
+        tokenizer_config={"add_bos_token": True, "padding_side": "left"},
+        pooling="last",
+    ),
+    Kind(
+        "qwen3",
+        SMALL_BERT | {"num_key_value_heads": 1},
+        "bpe",
+        {"pad_token": "<|end|>"},
+        "$A <|end|>",
+        pooling="last",
+    ),
+]
 
 
+# ---------------------------------------------------------------------------- what is compared
 def embed(encoder, texts=TEXTS):
     return encode(encoder, tokenize(encoder, texts), batch_size=3)
 
 
-def ids_of(encoder, texts=TEXTS):
+def token_ids(encoder, texts=TEXTS):
     tokens = tokenize(encoder, texts)
-    return [part.tolist() for part in np.split(tokens.ids, tokens.starts[1:-1])]
+    return [ids.tolist() for ids in np.split(tokens.ids, tokens.starts[1:-1])]
 
 
-def by_the_library(folder, texts=TEXTS):
-    library = pytest.importorskip("sentence_transformers")
-    model = library.SentenceTransformer(str(folder), device="cpu")
+def by_sentence_transformers(folder, texts=TEXTS):
+    model = SentenceTransformer(str(folder), device="cpu")
     return model.encode(list(texts), batch_size=3, convert_to_tensor=True)
 
 
-def close(a, b):
-    """Equal to 1e-5 of the vectors' length, which is not to say that all vectors are alike."""
-    assert (a[:, None] - a[None]).norm(dim=-1).max() > 0.05 * a.norm(dim=-1).mean()
-    torch.testing.assert_close(a, b, atol=1e-5 * a.norm(dim=1).mean().item(), rtol=0)
-    return True
+def assert_same_vectors(actual, expected):
+    """Equal to 1e-5 of their length, and not all alike."""
+    length = expected.norm(dim=1).mean().item()
+    assert torch.cdist(expected, expected).max() > 0.05 * length
+    torch.testing.assert_close(actual, expected, atol=1e-5 * length, rtol=0)
 
 
-# --------------------------------------------------------------------- embeddings, there and back
-def rehearsed(folder, *how):
-    """(encoder, its corpus) after what is tried before a training."""
-    encoder, cache = load(folder, *how), {"sentences": TEXTS, "sources": ["a"] * 10}
-    corpus = Corpus(cache | {"embeddings": torch.zeros(10, 0)}, encoder)
-    rehearse(encoder, corpus, two_views=True)
-    return encoder, corpus
+def small_corpus(encoder, sentences=TEXTS):
+    cache = {"sentences": sentences, "sources": ["a"] * len(sentences), "embeddings": None}
+    return Corpus(cache, encoder)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_model_is_read_as_meant_and_saved_as_it_was(kind, tmp_path, ends_with_one_line, capsys):
-    folder, pooling = built(kind), KINDS[kind][2]
-    if pooling == "not certain":
-        ends_with_one_line(lambda: load(folder), kind, "not certain", "--pooling")
-        pooling = "mean"
-    else:
-        assert load(folder).pooling == pooling
-        assert f"{pooling} pooling, it is a" in capsys.readouterr().out
-    if pooling == "last":
-        ends_with_one_line(lambda: load(folder, "cls"), "decoder", "--pooling last")
-    expected = {way: alone(folder, way) for way in ("last", "mean", pooling)}
-    for way in expected:
-        encoder, corpus = rehearsed(folder, way, 60)  # in training mode, which changes nothing
-        assert ids_of(encoder) == own_ids(folder)
-        assert close(embed(encoder), expected[way])
+# ------------------------------------------------------------------ embeddings; what is saved
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.model_type)
+def test_a_model_is_read_as_meant_and_saved_as_trained(kind, tmp_path, capsys):
+    folder = build(tmp_path / "model", kind)
+    encoder = load_encoder(folder, max_length=60)
+    assert encoder.pooling == kind.pooling
+    assert f"{kind.pooling} pooling, it is a" in capsys.readouterr().out
     assert encoder.widths == (32, 32)
+    assert token_ids(encoder) == own_ids(folder)
+    expected = alone(folder, kind.pooling)
+    assert_same_vectors(embed(encoder), expected)
 
-    tokens, *_ = corpus.batch(torch.arange(10).repeat(2))  # more than a piece
+    dry_run(encoder, small_corpus(encoder), tmp_path / "student", two_views=False)
+    rows = torch.arange(10).repeat(2)  # more than a piece of a batch
+    tokens = pad(tokenize(encoder, TEXTS), rows, encoder.model.eval())
     first, last = pooled_layers(encoder, tokens)
-    assert close(first[10:], alone(folder, way, layer=1))
-    assert close(last[10:], expected[way]) and torch.equal(last[:10], last[10:])
-    save(tmp_path, encoder)
-    again = load(tmp_path)
-    assert (again.pooling, again.max_length) == (way, 60)
-    for found in (embed(again), alone(tmp_path, way), by_the_library(tmp_path)):
-        assert close(found, expected[way])
-    assert AutoTokenizer.from_pretrained(tmp_path)(TEXTS)["input_ids"] == own_ids(folder)
-    for name in ("tokenizer.json", WORDS):  # as they were, but for a token to pad with
-        there, kept = (json.loads(Path(x, name).read_bytes()) for x in (folder, tmp_path))
-        pads = name == WORDS and KINDS[kind][0] == GPT
-        assert kept == there | ({"pad_token": "<|end|>"} if pads else {})
+    assert_same_vectors(first[10:], alone(folder, kind.pooling, layer=1))
+    assert_same_vectors(last[10:], expected)
+
+    saved = tmp_path / "saved"
+    save_encoder(saved, encoder)
+    again = load_encoder(saved)
+    assert (again.pooling, again.max_length) == (kind.pooling, 60)
+    assert_same_vectors(embed(again), expected)
+    assert_same_vectors(alone(saved, kind.pooling), expected)
+    assert_same_vectors(by_sentence_transformers(saved), expected)
+    library = AutoTokenizer.from_pretrained(saved)
+    assert library(TEXTS)["input_ids"] == own_ids(folder)
+    batch = library(TEXTS, padding=True, return_tensors="pt")
+    hidden = AutoModel.from_pretrained(saved)(**batch).last_hidden_state
+    assert_same_vectors(pool(hidden, batch["attention_mask"], kind.pooling).detach(), expected)
 
 
-@pytest.mark.parametrize("kind", ["roberta", "mpnet", "bert", "gpt2", "mpt"])
-def test_a_long_sentence_is_cut_where_the_positions_end(kind, tmp_path, capsys):
-    """64 of them, though the files of roberta's like have 66: they count from 2."""
-    encoder, long = load(built(kind), "mean", max_length=500), " ".join(SENTENCES)
-    assert encoder.max_length == 64
-    (ids,), special = own_ids(built(kind), [long]), kind not in ("gpt2", "mpt")
-    with torch.no_grad():
-        ids = torch.tensor([ids[:63] + ids[-1:] if special else ids[:64]])
-        expected = encoder.model(ids).last_hidden_state.mean(1)
+@pytest.mark.parametrize(
+    "kind, special_tokens", [(BERT, 2), (ROBERTA, 2), (GPT2, 0)], ids=["bert", "roberta", "gpt2"]
+)
+def test_a_long_sentence_is_cut_where_the_positions_end(kind, special_tokens, tmp_path, capsys):
+    folder = build(tmp_path, kind)
+    encoder = load_encoder(folder, "mean", max_length=500)
+    long = " ".join(SENTENCES)
+    ids = own_ids(folder, [long])[0]
+    ids = ids[:63] + ids[-1:] if special_tokens else ids[:64]  # the end is kept
+    assert token_ids(encoder, [long]) == [ids]
+    hidden = encoder.model(torch.tensor([ids])).last_hidden_state
+    expected = hidden.mean(1).detach()
     torch.testing.assert_close(embed(encoder, ["a", long])[1:], expected, atol=1e-4, rtol=1e-4)
     assert "1 of 2 sentences are cut after 64 tokens" in capsys.readouterr().out
-    told = {"model_max_length": 40}
-    assert load(put(shutil.copytree(built(kind), tmp_path / "m"), {WORDS: told})).max_length == 40
+    write_files(folder, {TOKENIZER_CONFIG: {"model_max_length": 40}})
+    assert load_encoder(folder).max_length == 40
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", TOKENIZER_CONFIG])
+def test_sentences_are_cut_on_the_left_where_a_file_says_so(file, bert, tmp_path):
+    truncation = {"direction": "Left", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    changes = {"tokenizer.json": {"truncation": truncation}}
+    if file == TOKENIZER_CONFIG:
+        changes = {TOKENIZER_CONFIG: {"truncation_side": "left"}}
+    encoder = load_encoder(write_files(bert, changes), max_length=12)
+    ids = own_ids(bert, SENTENCES[4:5])[0]
+    assert len(ids) > 12
+    expected = [ids[0], *ids[-11:]]
+    assert token_ids(encoder, SENTENCES[4:5]) == [expected]
+    save_encoder(tmp_path / "saved", encoder)
+    library = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert library(SENTENCES[4], truncation=True)["input_ids"] == expected
+    theirs = by_sentence_transformers(tmp_path / "saved", SENTENCES[:8])
+    assert_same_vectors(theirs, embed(encoder, SENTENCES[:8]))
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
 def test_padding_on_either_side_and_half_precision(pooling):
     states = 1000 * torch.rand(2000, 4).half()
     expected = {"cls": states[0], "last": states[-1], "mean": states.double().mean(0)}[pooling]
-    batch, mask = torch.full((2, 2100, 4), 6e4).half(), torch.zeros(2, 2100).long()
-    batch[0, :2000], mask[0, :2000], batch[1, 100:], mask[1, 100:] = states, 1, states, 1
-    found = pool(batch, mask, pooling)
-    assert found.dtype == torch.float16
-    torch.testing.assert_close(found.double(), expected.expand(2, 4).double(), rtol=2e-3, atol=0)
-    pytest.raises(ValueError, pool, batch, mask, "max")
+    batch = torch.full((2, 2100, 4), 6e4).half()
+    mask = torch.zeros(2, 2100).long()
+    batch[0, :2000] = states
+    mask[0, :2000] = 1
+    batch[1, 100:] = states
+    mask[1, 100:] = 1
+    pooled = pool(batch, mask, pooling)
+    assert pooled.dtype == torch.float16
+    torch.testing.assert_close(pooled.double(), expected.expand(2, 4).double(), rtol=2e-3, atol=0)
+    with pytest.raises(ValueError):
+        pool(batch, mask, "max")
 
 
 def test_batches_and_slices_keep_their_order(bert):
-    encoder, rows = load(bert, max_length=12), [2099, 1, 1000, 999]
+    encoder = load_encoder(bert, max_length=12)
     texts = [SENTENCES[i * i % 48] for i in range(2099)] + ["rose"]
+    rows = [2099, 1, 1000, 999]
     batch = pad(tokenize(encoder, texts), rows, encoder.model)
-    for i, own in enumerate(own_ids(bert, [texts[row] for row in rows])):
-        own = own if len(own) <= 12 else own[:11] + own[-1:]
-        fill = [0] * (12 - len(own))
-        assert batch["input_ids"][i].tolist() == own + fill
-        assert batch["attention_mask"][i].tolist() == [1] * len(own) + fill
-    assert batch["attention_mask"].min() == 0
+    for i, row in enumerate(rows):
+        ids = own_ids(bert, [texts[row]])[0]
+        if len(ids) > 12:
+            ids = ids[:11] + ids[-1:]
+        padding = [0] * (12 - len(ids))
+        assert batch["input_ids"][i].tolist() == ids + padding
+        assert batch["attention_mask"][i].tolist() == [1] * len(ids) + padding
 
 
-# ---------------------------------------------------------------------------- tokens, or a refusal
-LAYOUTS = {  # models whose tokenizer transformers builds anew, as another one, from its class
-    "paraphrase-multilingual": ("bert", UNIGRAM, sizes(**FFN)),
-    "roberta with wordpiece": ("roberta", ("wordpiece", *ROBERTA[1:]), AS_ROBERTA),
-    "bert, own normaliser": ("bert", (*WORDPIECE[:3], OWN), sizes(**FFN)),
-    "xlm-roberta, own": ("xlm-roberta", ("unigram", *ROBERTA[1:], OWN), AS_ROBERTA),
+def test_embeddings_that_overflow_are_refused(bert, ends_with_one_line):
+    encoder = load_encoder(bert, dtype=torch.float16)
+    encoder.model.encoder.layer[-1].output.LayerNorm.weight.data.fill_(6e4)
+    ends_with_one_line(lambda: embed(encoder), "torch.float16", "not finite")
+
+
+# ------------------------------------------------------------- models whose vectors would be wrong
+BATCH_DEPENDENT = {
+    "convbert": SMALL_BERT | {"embedding_size": 32},
+    "fnet": SMALL_BERT,
+    "nystromformer": SMALL_BERT,
+    "yoso": SMALL_BERT,
 }
 
 
-@pytest.mark.parametrize("kind, how, config", LAYOUTS.values(), ids=LAYOUTS)
-def test_ids_are_those_of_tokenizer_json(kind, how, config, tmp_path, capsys, ends_with_one_line):
-    folder = build(tmp_path / "m", kind, config, *tokenizer(*how), do_lower_case=True)
-    encoder = load(folder)
+@pytest.mark.parametrize("model_type", BATCH_DEPENDENT)
+def test_a_vector_that_depends_on_its_batch_is_refused(model_type, tmp_path, ends_with_one_line):
+    config = BATCH_DEPENDENT[model_type]
+    kind = Kind(model_type, config, "wordpiece", BERT_TOKENS, "[CLS] $A [SEP]")
+    folder = build(tmp_path, kind)
+    ends_with_one_line(lambda: load_encoder(folder), "another vector", "beside a longer one")
+
+
+def test_loading_leaves_the_attention_of_a_big_bird(tmp_path):
+    config = SMALL_BERT | {"block_size": 4, "num_random_blocks": 1}
+    kind = Kind("big_bird", config, "wordpiece", BERT_TOKENS, "[CLS] $A [SEP]")
+    encoder = load_encoder(build(tmp_path, kind))
+    assert encoder.model.attention_type == "block_sparse"
+
+
+def test_token_types_are_not_given_and_refused_where_they_matter(tmp_path, ends_with_one_line):
+    names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    folder = write_files(build(tmp_path / "bert", BERT), {TOKENIZER_CONFIG: names})
+    assert_same_vectors(embed(load_encoder(folder)), alone(folder, "cls"))
+    save_encoder(tmp_path / "saved", load_encoder(folder))
+    assert "token_type_ids" not in AutoTokenizer.from_pretrained(tmp_path / "saved")("rose")
+    folder = write_files(build(tmp_path / "gpt2", GPT2), {TOKENIZER_CONFIG: names})  # takes words
+    ends_with_one_line(lambda: load_encoder(folder), "another vector", "has token_type_ids")
+
+
+SURPLUS_WEIGHTS = [
+    pytest.param("encoder.layer.0.attention.self.distance_embedding.weight", True, id="relative"),
+    pytest.param("bert.encoder.layer.1.output.dense.lora_A.weight", True, id="LoRA"),
+    pytest.param("encoder.layer.3.output.dense.bias", True, id="a further layer"),
+    pytest.param("cls.predictions.transform.dense.weight", False, id="head"),
+    pytest.param("classifier.0.weight", False, id="head with layers"),
+    pytest.param("encoder.layer.0.attention.masked_bias", False, id="GPT's mask"),
+]
+
+
+@pytest.mark.parametrize("weight, refused", SURPLUS_WEIGHTS)
+def test_surplus_weights_of_a_layer_are_refused(weight, refused, bert, ends_with_one_line):
+    expected = embed(load_encoder(bert))
+    weights = load_file(bert / "model.safetensors")
+    weights[weight] = torch.ones(3)
+    save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
+    if refused:
+        ends_with_one_line(lambda: load_encoder(bert), "does not use its weight", weight)
+    else:
+        assert torch.equal(embed(load_encoder(bert)), expected)
+
+
+def test_the_last_layer_is_the_vector_that_is_served(tmp_path):
+    kind = Kind("llama", SMALL_BERT, "bpe", LLAMA_TOKENS, "<s> $A")
+    folder = write_files(build(tmp_path, kind), {"config.json": {"tie_last_hidden_states": False}})
+    encoder = load_encoder(folder)
+    tokens = pad(tokenize(encoder, TEXTS), range(10), encoder.model)
+    last = pooled_layers(encoder, tokens)[-1]
+    assert_same_vectors(last.detach(), alone(folder, "last"))
+    with torch.no_grad():
+        states = encoder.model(**tokens, output_hidden_states=True).hidden_states
+    assert not torch.allclose(last, pool(states[-1], tokens["attention_mask"], "last"), rtol=0.1)
+
+
+def test_pooling_of_a_decoder(bert, tmp_path, ends_with_one_line):
+    folder = build(tmp_path, Kind("llama", SMALL_BERT, "bpe", LLAMA_TOKENS, "<s> $A"))
+    ends_with_one_line(lambda: load_encoder(folder, "cls"), "decoder", "--pooling last")
+    write_files(folder, {"config.json": {"is_causal": False}})  # tokens see those after them
+    encoder = load_encoder(folder)
+    assert encoder.pooling == "cls"
+    assert_same_vectors(embed(encoder), alone(folder, "cls"))
+    assert load_encoder(write_files(bert, {"config.json": {"is_decoder": True}})).pooling == "last"
+
+
+# -------------------------------------------------------------------------------- the tokenizer
+def test_ids_are_those_of_tokenizer_json_whatever_class_is_named(tmp_path):
+    kind = Kind("bert", SMALL_BERT, "unigram", BERT_TOKENS, "[CLS] $A [SEP]")
+    folder = build(tmp_path / "model", kind)
+    write_files(folder, {TOKENIZER_CONFIG: {"tokenizer_class": "BertTokenizer"}})
+    assert AutoTokenizer.from_pretrained(folder)(TEXTS)["input_ids"] != own_ids(folder)
+    encoder = load_encoder(folder)
+    assert token_ids(encoder) == own_ids(folder)
+    save_encoder(tmp_path / "saved", encoder)
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")(TEXTS)["input_ids"] == own_ids(folder)
+    assert_same_vectors(by_sentence_transformers(tmp_path / "saved"), alone(folder, "cls"))
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_a_contradiction_about_lower_case_is_printed(lower, tmp_path, capsys):
+    kind = Kind("bert", SMALL_BERT, "wordpiece", BERT_TOKENS, "[CLS] $A [SEP]")
+    kind.normalizer = normalizers.BertNormalizer(lowercase=lower)
+    folder = build(tmp_path, kind)
+    write_files(folder, {TOKENIZER_CONFIG: {"do_lower_case": not lower}})
+    assert token_ids(load_encoder(folder)) == own_ids(folder)
+    assert f"do_lower_case {not lower} is not followed" in capsys.readouterr().out
+    load_encoder(write_files(folder, {TOKENIZER_CONFIG: {"do_lower_case": lower}}))
     assert "do_lower_case" not in capsys.readouterr().out
-    assert ids_of(encoder) == own_ids(folder)
-    assert close(embed(encoder), alone(folder, "cls"))
-    if AutoTokenizer.from_pretrained(folder)(TEXTS)["input_ids"] != own_ids(folder):
-        # nobody else could use what we would save
-        ends_with_one_line(lambda: save(tmp_path / "s", encoder), "PreTrainedTokenizerFast", WORDS)
-    save(tmp_path / "s", load(put(folder, {WORDS: {"tokenizer_class": "PreTrainedTokenizerFast"}})))
-    assert close(by_the_library(tmp_path / "s"), embed(encoder))
 
 
-@pytest.mark.parametrize("says, normalizer", [(True, CASED), (False, LOWER)])
-def test_lower_case_that_two_files_tell_otherwise_is_one_line(says, normalizer, tmp_path, capsys):
-    made = tokenizer(*WORDPIECE[:3], normalizer)
-    folder = build(tmp_path, "bert", sizes(**FFN), *made, do_lower_case=says)
-    assert ids_of(load(folder)) == own_ids(folder)
-    line, _ = capsys.readouterr().out.splitlines()
-    assert f"{WORDS}: do_lower_case {says} is not followed" in line
-    load(put(folder, {WORDS: {"do_lower_case": not says}}))
-    assert "do_lower_case" not in capsys.readouterr().out
-
-
-def test_a_vocabulary_alone_is_read_by_its_class_and_saved_whole(bert, tmp_path):
-    expected, words = own_ids(bert), load(bert).tokenizer.get_vocab()
-    files = {"vocab.txt": "\n".join(sorted(words, key=words.get)).encode(), "tokenizer.json": None}
-    encoder = load(put(bert, files | {"special_tokens_map.json": {"pad_token": "[PAD]"}}))
-    assert ids_of(encoder) == expected
-    save(tmp_path / "saved", encoder)
-    assert ids_of(load(put(tmp_path / "saved", {"vocab.txt": None}))) == expected
-    assert (tmp_path / "saved" / "special_tokens_map.json").exists()
+def test_a_vocabulary_alone_is_read_by_its_class(bert, tmp_path):
+    expected = own_ids(bert)
+    vocabulary = load_encoder(bert).tokenizer.get_vocab()
+    lines = "\n".join(sorted(vocabulary, key=vocabulary.get))
+    write_files(bert, {"vocab.txt": lines, "tokenizer.json": None})
+    encoder = load_encoder(bert)
+    assert token_ids(encoder) == expected
+    save_encoder(tmp_path / "saved", encoder)
+    assert own_ids(tmp_path / "saved") == expected
 
 
 def test_more_tokens_than_embeddings_matter_only_where_they_occur(tmp_path, ends_with_one_line):
-    made, about = tokenizer(*WORDPIECE)
-    made.add_tokens(["zebra"])
-    config = sizes(**FFN) | {"vocab_size": made.get_vocab_size() - 1}
-    encoder = load(build(tmp_path, "bert", config, made, about))
-    assert close(embed(encoder), alone(tmp_path, "cls"))
-    words = [f"id {config['vocab_size']}", f"{config['vocab_size']} word embeddings"]
+    folder = build(tmp_path / "model", BERT)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["zebra"] + [f"[unused{i}]" for i in range(400)])
+    zebra = tokenizer.token_to_id("zebra")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    model = AutoModel.from_pretrained(folder)
+    model.resize_token_embeddings(zebra)
+    model.save_pretrained(folder)
+    write_files(folder, {TOKENIZER_CONFIG: {"pad_token": "[unused0]"}})
+    encoder = load_encoder(folder)
+    assert_same_vectors(embed(encoder), alone(folder, "cls"))
+    words = (f"id {zebra}", f"{zebra} word embeddings")
     ends_with_one_line(lambda: tokenize(encoder, ["a", "the zebra"]), *words)
-    nothing = load(built("gpt2"))
-    ends_with_one_line(lambda: tokenize(nothing, ["a", ""]), "nothing of the sentence ''")
+    save_encoder(tmp_path / "saved", encoder)  # with a pad token that has an embedding
+    assert_same_vectors(by_sentence_transformers(tmp_path / "saved"), embed(encoder))
 
 
-COPIES = {  # a model, what is changed in its files, and words of the answer
-    "bos": ("gpt2", {WORDS: {"add_bos_token": True}}, f"{WORDS}: add_bos_token"),
-    "eos": ("llama", {WORDS: {"add_eos_token": True}}, f"{WORDS}: add_eos_token"),
-    "padding": ("roberta", {WORDS: {"pad_token": {"content": "<unk>"}}}, "counted from id 1|<unk>"),
-    "layers": ("opt", {"config.json": {"layerdrop": 0.1}}, "layerdrop to 0|config.json"),
-    "types": ("xlnet", {WORDS: {"model_input_names": ["input_ids"]}}, "model_input_names"),
-    "no end": ("gpt2", {WORDS: {"eos_token": None}}, "no token to pad with"),
-}
+def test_a_sentence_without_tokens_is_refused(tmp_path, ends_with_one_line):
+    encoder = load_encoder(build(tmp_path, GPT2))
+    ends_with_one_line(lambda: tokenize(encoder, ["a", ""]), "nothing of the sentence ''")
 
 
-@pytest.mark.parametrize("kind, files, words", COPIES.values(), ids=COPIES)
-def test_a_student_that_would_mislead_is_refused(kind, files, words, tmp_path, ends_with_one_line):
-    folder = put(shutil.copytree(built(kind), tmp_path / "m"), files)
-    how = ["mean"] if kind == "xlnet" else []
-    ends_with_one_line(lambda: rehearsed(folder, *how), *words.split("|"))
+# ---------------------------------------------------------------------------------- the dry run
+def test_a_dry_run_changes_nothing(bert, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")  # it saves next to the output
+    encoder = load_encoder(bert)
+    corpus = small_corpus(encoder)
+    weights = [weight.clone() for weight in encoder.model.parameters()]
+    state = torch.get_rng_state()
+    files = sorted(tmp_path.rglob("*"))
+    dry_run(encoder, corpus, tmp_path / "student", two_views=True)
+    assert sorted(tmp_path.rglob("*")) == files
+    assert torch.equal(torch.get_rng_state(), state)
+    for before, after in zip(weights, encoder.model.parameters()):
+        assert torch.equal(before, after)
+
+
+def test_equal_views_are_printed(bert, tmp_path, capsys):
+    encoder = load_encoder(bert)
+    dry_run(encoder, small_corpus(encoder), tmp_path / "student", two_views=True)
+    assert "no dropout" not in capsys.readouterr().out
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    encoder = load_encoder(write_files(bert, {"config.json": no_dropout}))
+    dry_run(encoder, small_corpus(encoder), tmp_path / "student", two_views=False)
+    assert "no dropout" not in capsys.readouterr().out
+    dry_run(encoder, small_corpus(encoder), tmp_path / "student", two_views=True)
+    assert "no dropout" in capsys.readouterr().out
+
+
+def test_a_student_that_others_would_read_otherwise_is_refused(tmp_path, ends_with_one_line):
+    config = SMALL_BERT | {"num_key_value_heads": 1}
+    kind = Kind("qwen2", config, "bpe", {"pad_token": "<|end|>"})  # read by its class alone
+    kind.normalizer = normalizers.Lowercase()
+    encoder = load_encoder(build(tmp_path / "model", kind))
+    corpus = small_corpus(encoder, ["rose"] * 99 + ["The Rose"])
+    words = ["other token ids", "'The Rose'", "qwen2"]
+    ends_with_one_line(lambda: dry_run(encoder, corpus, tmp_path / "student", False), *words)
+
+
+def test_a_student_that_cannot_be_saved_is_refused(bert, tmp_path, ends_with_one_line):
+    encoder = load_encoder(bert)
+    output = tmp_path / "missing" / "student"
+    corpus = small_corpus(encoder)
+    ends_with_one_line(lambda: dry_run(encoder, corpus, output, False), str(output), "No such file")
+
+
+def test_a_student_without_a_token_to_pad_with_is_refused(tmp_path, ends_with_one_line):
+    encoder = load_encoder(build(tmp_path / "model", Kind("gpt2", SMALL_GPT2, "bpe", {})))
+    corpus = small_corpus(encoder)
+    ends_with_one_line(lambda: dry_run(encoder, corpus, tmp_path / "s", False), "pad_token")
 
 
 # ------------------------------------------------------- what sentence-transformers' files declare
-POOLING, ABOUT = "1_Pooling/config.json", "config_sentence_transformers.json"
-BERT, DISTIL = "sentence_bert_config.json", "sentence_distilbert_config.json"
-MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "lasttoken")
-FLAGS = {f"pooling_mode_{mode}": False for mode in MODES} | {"word_embedding_dimension": 32}
-CLS, MEAN, LAST = (FLAGS | {f"pooling_mode_{MODES[i]}": True} for i in (0, 1, 4))
-NEW = {"embedding_dimension": 32, "include_prompt": True}
-TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
-NEWEST = {"transformer_task": "feature-extraction", "module_output_name": "token_embeddings"}
-NEWEST |= {"modality_config": {"text": TEXT}}
-PROMPTS = {"prompts": {"query": "query: ", "document": ""}, "default_prompt_name": None}
-VERSION = {"__version__": {"transformers": "4.6.1"}, "similarity_fn_name": "cosine"}
-PLAIN = [f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling", "Normalize")]
-NEW_NAMES = ("base.modules.transformer.Transformer", "sentence_transformer.modules.pooling.Pooling")
-
-
-def modules(*kinds, path=""):
-    """The content of a modules.json."""
-    rows = zip(kinds, (path, "1_Pooling", "2_Normalize"))
-    return [{"idx": i, "name": f"{i}", "type": k, "path": p} for i, (k, p) in enumerate(rows)]
-
-
-FIFTY, NOTHING = {"max_seq_length": 50}, {"max_seq_length": None, "do_lower_case": False}
-CLASS = {"model_type": "SentenceTransformer"}
-DECLARED = [  # what versions 2 to 6 write, the pooling that is meant, the maximum length
-    ({POOLING: CLS, BERT: FIFTY | {"do_lower_case": False}, ABOUT: VERSION}, "cls", 50),
-    ({POOLING: LAST | {"include_prompt": True}, BERT: FIFTY}, "last", 50),
-    ({POOLING: MEAN | {"pooling_mode_weightedmean_tokens": False}, ABOUT: PROMPTS}, "mean", 64),
-    ({POOLING: FLAGS, BERT: NOTHING}, "mean", 64),
-    ({POOLING: NEW | {"pooling_mode": "lasttoken"}, BERT: NEWEST}, "last", 64),
-    ({POOLING: NEW | {"pooling_mode": "cls"}, ABOUT: CLASS}, "cls", 64),
-    ({POOLING: CLS, DISTIL: FIFTY}, "cls", 50),
-    ({POOLING: CLS, BERT: FIFTY, DISTIL: {"max_seq_length": 9}}, "cls", 50),
-]
-
-
-@pytest.mark.parametrize("files, pooling, length", DECLARED)
-def test_what_is_declared_is_taken_and_printed(bert, files, pooling, length, capsys):
-    new = [f"sentence_transformers.{name}" for name in NEW_NAMES]
-    put(bert, {"modules.json": modules(*(new if BERT in files else PLAIN))} | files)
-    encoder = load(bert)
-    assert f"{pooling} pooling, from its sentence-transformers files" in capsys.readouterr().out
-    assert (encoder.pooling, encoder.max_length) == (pooling, length)
-    asked = load(bert, "mean", 9)
-    assert (asked.pooling, asked.max_length) == ("mean", 9)
-    assert close(embed(encoder), alone(bert, pooling))
-    theirs = by_the_library(bert)
-    assert torch.cosine_similarity(theirs, embed(encoder)).min() > 1 - 1e-6
-
-
-def test_declared_lower_case_and_folders_are_honoured_and_kept(tmp_path):
-    shutil.copytree(built("roberta"), folder := tmp_path / "m" / "0_Transformer")
-    asks = {"max_seq_length": 50, "do_lower_case": True}
-    files = {"modules.json": modules(*PLAIN, path=folder.name), POOLING: CLS}
-    encoder = load(put(folder.parent, files | {f"{folder.name}/{BERT}": asks}))
-    shouting, lower = [text.upper() for text in TEXTS], [text.lower() for text in TEXTS]
-    assert ids_of(encoder, shouting) == own_ids(folder, lower) != own_ids(folder, shouting)
-    assert close(embed(encoder, shouting), alone(folder, "cls", lower))
-    save(tmp_path / "s", encoder)
-    assert close(embed(load(tmp_path / "s"), shouting), embed(encoder, shouting))
-    assert close(by_the_library(tmp_path / "s", shouting), embed(encoder, shouting))
-
-
+MODES = ["cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "lasttoken"]
+NO_MODE = {f"pooling_mode_{mode}": False for mode in MODES} | {"word_embedding_dimension": 32}
+CLS = NO_MODE | {"pooling_mode_cls_token": True}
+MEAN = NO_MODE | {"pooling_mode_mean_tokens": True}
+LAST = NO_MODE | {"pooling_mode_lasttoken": True}
+TRANSFORMER = "sentence_transformers.models.Transformer"
+POOLING = "sentence_transformers.models.Pooling"
+NORMALIZE = "sentence_transformers.models.Normalize"
+NEW_TRANSFORMER = "sentence_transformers.base.modules.transformer.Transformer"
+NEW_POOLING = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
 DENSE = "sentence_transformers.models.Dense"
-LFS, NO_RUST = b"version https://git-lfs.github.com/spec/v1", {"tokenizer_class": "EsmTokenizer"}
-UNKNOWN = {  # a file, and keys with values in it that are refused in those words
-    POOLING: 'pooling_mode_max_tokens true|pooling_mode "weightedmean"|pooling_mode ["cls", "mean"]'
-    '|pooling_mode_cls_token "yes"|word_embedding_dimension "32"|temperature 2',
-    BERT: 'max_seq_length "9"|do_lower_case 1|tokenizer_name_or_path "x"|model_args {"a": 1}'
-    '|transformer_task "fill-mask"|module_output_name "x"|modality_config {"text": {"layer": -2}}',
-    ABOUT: "truncate_dim 8|prompts []",
-}
-REFUSED = [  # what is changed in the files of a BERT with [CLS] pooling, and words of the answer
-    *(
-        ({file: {key: json.loads(value)}}, f"{file}: {key} {value} is not")
-        for file, asks in UNKNOWN.items()
-        for key, value in (ask.split(" ", 1) for ask in asks.split("|"))
+PROMPTS = {"prompts": {"query": "query: ", "document": ""}, "default_prompt_name": None}
+
+
+def modules(*types, path=""):
+    """The content of a modules.json; path: of the first module."""
+    rows = zip("012", [path, "1_Pooling", "2_Normalize"], types)
+    return [{"idx": int(i), "name": i, "path": path, "type": name} for i, path, name in rows]
+
+
+@dataclass
+class Declaration:
+    """Files, and what they mean."""
+
+    files: dict
+    pooling: str
+    max_length: int = 64  # of the tokenizer
+    types: tuple = (TRANSFORMER, POOLING)
+
+
+DECLARATIONS = [
+    Declaration({POOLING_CONFIG: CLS, BERT_CONFIG: {"max_seq_length": 50}}, "cls", 50),
+    Declaration({POOLING_CONFIG: LAST, BERT_CONFIG: {"max_seq_length": None}}, "last"),
+    Declaration({POOLING_CONFIG: MEAN, PROMPT_CONFIG: PROMPTS}, "mean"),
+    Declaration({POOLING_CONFIG: NO_MODE}, "mean"),
+    Declaration({POOLING_CONFIG: {"pooling_mode": ["mean"], "embedding_dimension": 32}}, "mean"),
+    Declaration(
+        {
+            POOLING_CONFIG: {"pooling_mode": "lasttoken", "embedding_dimension": 32},
+            BERT_CONFIG: {"transformer_task": "feature-extraction"},
+            PROMPT_CONFIG: {"a_coming_key": 1},
+        },
+        "last",
+        types=(NEW_TRANSFORMER, NEW_POOLING),
     ),
-    ({ABOUT: PROMPTS | {"default_prompt_name": "query"}}, "'query: '|.npy"),
-    ({POOLING: {"pooling_mode_lasttoken": True}}, f"{POOLING}: pooling_mode cls+last"),
-    ({POOLING: None}, f"{POOLING}: No such file"),
-    ({"modules.json": modules(*PLAIN[:2], DENSE)}, "modules.json|Dense|.npy"),
-    ({"modules.json": modules(PLAIN[0])}, "modules.json|Transformer"),
-    ({"modules.json": modules("custom.Transformer", PLAIN[1])}, "modules.json|custom.Transformer"),
-    ({"modules.json": modules(PLAIN[0], "custom.Pooling")}, "modules.json|custom.Pooling"),
-    *(({BERT: {"max_seq_length": n}}, f"{n} tokens leave none") for n in (-1, 0, 2)),
-    ({"model.safetensors": None}, "files whole|no file named model.safetensors"),
-    ({"model.safetensors": b"torn" * 99}, "files whole"),
-    ({"model.safetensors": None, "pytorch_model.bin": LFS}, "files whole"),
-    ({"config.json": {"intermediate_size": 7}}, "lack 9 of|intermediate"),
-    ({"config.json": {"num_hidden_layers": 4}}, "lack 16 of|layer.3"),
-    ({"config.json": {"pad_token_id": 10**6}}, "files whole"),
-    ({"config.json": {"model_type": "nonesuch"}}, "nonesuch"),
-    ({"config.json": {"model_type": "fnet"}}, "FNetModel takes no mask"),
-    ({"config.json": {"model_type": "blenderbot"}}, "encoder-decoder|.npy"),
-    ({"config.json": {"auto_map": {"AutoModel": "x.Y"}}}, "/config.json: auto_map"),
-    ({"config.json": None}, "config.json: No such file"),
-    ({"config.json": b'{"a"'}, "/config.json: "),
-    ({"adapter_config.json": {"r": 8}}, "adapter_config.json: adapters"),
-    ({"tokenizer.json": None}, "it has no tokenizer.json|.npy"),
-    ({"tokenizer.json": None, WORDS: NO_RUST, "vocab.txt": b"<unk>\na\n"}, "no tokenizer.json"),
-    ({"tokenizer.json": b'{"a"'}, "load the tokenizer"),
-    ({WORDS: {"auto_map": {"AutoTokenizer": "x.Y"}}}, f"{WORDS}: auto_map"),
-    ({WORDS: {"truncation_side": "left"}}, f"{WORDS}: truncation_side left"),
+    Declaration(
+        {POOLING_CONFIG: CLS, "sentence_distilbert_config.json": {"max_seq_length": 50}}, "cls", 50
+    ),
 ]
 
 
-@pytest.mark.parametrize("files, words", REFUSED)
-def test_what_is_not_understood_is_refused(bert, files, words, ends_with_one_line):
-    declared = {"modules.json": modules(*PLAIN[:2]), POOLING: CLS, BERT: {}, ABOUT: {}}
-    put(put(bert, declared), files)
-    error = ends_with_one_line(lambda: load(bert), str(bert), *words.split("|"))
-    assert not any(word in error for word in ("above", "weights_only` set", "pip install"))
+@pytest.mark.parametrize("declaration", DECLARATIONS)
+def test_what_is_declared_is_followed_and_printed(declaration, bert, capsys):
+    write_files(bert, {"modules.json": modules(*declaration.types)} | declaration.files)
+    encoder = load_encoder(bert)
+    printed = f"{declaration.pooling} pooling, from its sentence-transformers files"
+    assert printed in capsys.readouterr().out
+    assert (encoder.pooling, encoder.max_length) == (declaration.pooling, declaration.max_length)
+    assert_same_vectors(embed(encoder), alone(bert, declaration.pooling))
+    assert_same_vectors(embed(encoder), by_sentence_transformers(bert))
+    asked = load_encoder(bert, "mean", 9)
+    assert (asked.pooling, asked.max_length) == ("mean", 9)
+
+
+def test_a_declared_normalisation_is_kept_for_others(bert, tmp_path):
+    declared = modules(TRANSFORMER, POOLING, NORMALIZE)
+    encoder = load_encoder(write_files(bert, {"modules.json": declared, POOLING_CONFIG: MEAN}))
+    vectors = embed(encoder)
+    assert_same_vectors(vectors, alone(bert, "mean"))
+    save_encoder(tmp_path / "saved", encoder)
+    theirs = by_sentence_transformers(tmp_path / "saved")
+    assert_same_vectors(theirs, vectors / vectors.norm(dim=1, keepdim=True))
+    assert load_encoder(tmp_path / "saved").normalize
+
+
+def test_declared_lower_case_and_folders_are_followed_and_kept(tmp_path):
+    root = tmp_path / "model"
+    build(root / "0_Transformer", ROBERTA)
+    files = {
+        "modules.json": modules(TRANSFORMER, POOLING, path="0_Transformer"),
+        f"0_Transformer/{BERT_CONFIG}": {"max_seq_length": 50, "do_lower_case": True},
+        POOLING_CONFIG: CLS,
+    }
+    encoder = load_encoder(write_files(root, files))
+    upper = [text.upper() for text in TEXTS]
+    lower = [text.lower() for text in TEXTS]
+    assert token_ids(encoder, upper) == own_ids(root / "0_Transformer", lower)
+    expected = alone(root / "0_Transformer", "cls", lower)
+    assert_same_vectors(embed(encoder, upper), expected)
+    save_encoder(tmp_path / "saved", encoder)
+    assert_same_vectors(embed(load_encoder(tmp_path / "saved"), upper), expected)
+    assert_same_vectors(by_sentence_transformers(tmp_path / "saved", upper), expected)
+
+
+# ------------------------------------------------------------------------------------- refusals
+QUERY = PROMPTS | {"default_prompt_name": "query"}
+ADDED_TOKEN = {"added_tokens_decoder": {"90": {"content": "covid"}}}
+REFUSED = [  # what is changed in a BERT's files, the file that is named, words of the message
+    ({PROMPT_CONFIG: QUERY}, "", "'query: '"),
+    ({PROMPT_CONFIG: {"truncate_dim": 8}}, "", "truncate_dim 8"),
+    ({POOLING_CONFIG: {"pooling_mode_lasttoken": True}}, POOLING_CONFIG, "pooling_mode cls+last"),
+    ({POOLING_CONFIG: {"pooling_mode": "max"}}, POOLING_CONFIG, "pooling_mode max"),
+    ({POOLING_CONFIG: {"pooling_mode": ["cls", "mean"]}}, POOLING_CONFIG, "pooling_mode cls+mean"),
+    ({POOLING_CONFIG: None}, POOLING_CONFIG, "No such file"),
+    ({POOLING_CONFIG: [1]}, POOLING_CONFIG, "a list"),
+    ({BERT_CONFIG: {"max_seq_length": "50"}}, BERT_CONFIG, "max_seq_length '50'"),
+    ({BERT_CONFIG: {"max_seq_length": 2}}, "", "2 tokens leave none"),
+    ({"modules.json": modules(TRANSFORMER, POOLING, DENSE)}, "modules.json", "Dense"),
+    ({"modules.json": modules("custom.Transformer", POOLING)}, "modules.json", "custom"),
+    ({"modules.json": [{"type": TRANSFORMER}]}, "modules.json", "list modules"),
+    ({"modules.json": ["Transformer"]}, "modules.json", "list modules"),
+    ({"model.safetensors": None}, "", "no file named model.safetensors"),
+    ({"model.safetensors": b"torn" * 99}, "", "files whole"),
+    ({"config.json": {"intermediate_size": 7}}, "", "lack 9 of"),
+    ({"config.json": {"num_hidden_layers": 4}}, "", "lack 16 of"),
+    ({"config.json": {"model_type": "nonesuch"}}, "", "nonesuch"),
+    ({"config.json": {"model_type": "blenderbot"}}, "", "encoder-decoder"),
+    ({"config.json": {"auto_map": {"AutoModel": "x.Y"}}}, "config.json", "auto_map"),
+    ({"config.json": {"quantization_config": {"bits": 4}}}, "config.json", "quantization_config"),
+    ({"config.json": {"attn_implementation": "flash_attention_2"}}, "", "FlashAttention2"),
+    ({"config.json": [1]}, "config.json", "a list"),
+    ({"config.json": None}, "config.json", "No such file"),
+    ({"adapter_config.json": {"r": 8}}, "adapter_config.json", "adapters"),
+    ({"tokenizer.json": None}, "", "no tokenizer.json"),
+    ({"tokenizer.json": b'{"a"'}, "", "load the tokenizer"),
+    ({TOKENIZER_CONFIG: {"model_max_length": "512"}}, TOKENIZER_CONFIG, "model_max_length '512'"),
+    ({TOKENIZER_CONFIG: {"split_special_tokens": True}}, TOKENIZER_CONFIG, "split_special_tokens"),
+    ({TOKENIZER_CONFIG: ADDED_TOKEN}, "", "'covid' is not in tokenizer.json"),
+    ({"added_tokens.json": {"covid": 90}}, "", "'covid' is not in tokenizer.json"),
+]
+
+
+@pytest.mark.parametrize("changes, file, words", REFUSED)
+def test_what_would_change_embeddings_is_refused(changes, file, words, bert, ends_with_one_line):
+    declared = modules(TRANSFORMER, POOLING)
+    write_files(bert, {"modules.json": declared, POOLING_CONFIG: CLS})
+    write_files(bert, changes)
+    ends_with_one_line(lambda: load_encoder(bert), str(bert / file), words)
+
+
+@pytest.mark.parametrize("key", ["add_bos_token", "add_eos_token"])
+def test_an_end_that_tokenizer_json_does_not_add_is_refused(key, tmp_path, ends_with_one_line):
+    folder = write_files(build(tmp_path, GPT2), {TOKENIZER_CONFIG: {key: True}})
+    ends_with_one_line(lambda: load_encoder(folder), TOKENIZER_CONFIG, key)
 
 
 # ------------------------------------------------------------------------- weights, students, names
 def test_neither_a_pooler_nor_float32_weights_are_needed(bert):
-    expected, weights = embed(load(bert)), load_file(bert / "model.safetensors")
+    expected = embed(load_encoder(bert))
+    weights = load_file(bert / "model.safetensors")
     weights = {name: weight for name, weight in weights.items() if "pooler" not in name}
     save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
-    assert torch.equal(embed(load(bert)), expected)
+    assert torch.equal(embed(load_encoder(bert)), expected)
     AutoModel.from_pretrained(bert).half().save_pretrained(bert)
-    assert load(bert).model.dtype == torch.float32
-    assert close(embed(load(bert)), alone(bert, "cls"))
-    half = load(bert, dtype=torch.bfloat16)
-    assert half.model.dtype == torch.bfloat16 and embed(half).dtype == torch.float32
-
-
-def test_of_a_hub_model_the_bin_weights_are_taken_where_there_are_no_others(bert, monkeypatch):
-    def hub(name, allow_patterns, ignore_patterns):  # brings what is asked for, and no more
-        brought.mkdir(exist_ok=True)
-        for path in (path for glob in allow_patterns for path in bert.glob(glob)):
-            shutil.copy(path, brought)
-        return str(brought)
-
-    monkeypatch.setattr("support.loading.snapshot_download", hub)
-    torch.save(load_file(bert / "model.safetensors"), bert / "pytorch_model.bin")
-    expected, brought = embed(load(bert)), bert.parent / "one"
-    assert torch.equal(embed(load("hub/model")), expected) and len(list(brought.glob("*.bin"))) == 0
-    (bert / "model.safetensors").unlink()
-    brought = bert.parent / "other"
-    assert torch.equal(embed(load("hub/model")), expected) and len(list(brought.glob("*.bin"))) == 1
-
-
-def test_a_student_of_unlike_widths_is_refused(tmp_path, ends_with_one_line):
-    how, config, _ = KINDS["opt"]
-    build(tmp_path, "opt", config | {"word_embed_proj_dim": 16}, *tokenizer(*how), **FAST)
-    encoder, corpus = rehearsed(tmp_path)
-    assert encoder.dimensions == 16 and close(embed(encoder), alone(tmp_path, "last"))
-    s = talas.Settings(batch_size=2)
-    ends_with_one_line(lambda: check_fit(s, encoder, corpus), "unlike widths, (32, 16)")
+    assert load_encoder(bert).model.dtype == torch.float32
+    assert_same_vectors(embed(load_encoder(bert)), alone(bert, "cls"))
+    half = load_encoder(bert, dtype=torch.bfloat16)
+    assert half.model.dtype == torch.bfloat16
+    assert embed(half).dtype == torch.float32
 
 
 def test_settings_of_how_a_model_runs_change_nothing(bert, tmp_path):
-    expected, odd = embed(load(bert)), {"output_attentions": True, "chunk_size_feed_forward": 3}
-    put(bert, {"config.json": odd | {"return_dict": False, "output_hidden_states": True}})
-    encoder, _ = rehearsed(bert)
+    expected = embed(load_encoder(bert))
+    config = {"output_attentions": True, "output_hidden_states": True, "return_dict": False}
+    encoder = load_encoder(write_files(bert, {"config.json": config | {"layerdrop": 0.5}}))
     assert torch.equal(embed(encoder), expected)
-    save(tmp_path / "s", encoder)
-    assert torch.equal(embed(load(tmp_path / "s")), expected)
-    assert load(put(bert, {"config.json": {"is_decoder": True}})).pooling == "last"
+    assert encoder.model.config.layerdrop == 0
+    dry_run(encoder, small_corpus(encoder), tmp_path / "student", two_views=True)
+
+
+def hub_download(monkeypatch, source, folder):
+    """Make the Hub's download copy from a folder what is asked for, and no more."""
+
+    def download(name, allow_patterns, ignore_patterns):
+        folder.mkdir(exist_ok=True)
+        for pattern in allow_patterns:
+            for path in source.glob(pattern):
+                shutil.copy(path, folder)
+        return str(folder)
+
+    monkeypatch.setattr("support.loading.snapshot_download", download)
+
+
+def test_bin_weights_of_the_hub_are_taken_where_there_are_no_others(bert, tmp_path, monkeypatch):
+    weights = load_file(bert / "model.safetensors")
+    torch.save(weights, bert / "pytorch_model.bin")
+    expected = embed(load_encoder(bert))
+    hub_download(monkeypatch, bert, tmp_path / "one")
+    assert torch.equal(embed(load_encoder("hub/model")), expected)
+    assert not list((tmp_path / "one").glob("*.bin"))
+    (bert / "model.safetensors").unlink()
+    hub_download(monkeypatch, bert, tmp_path / "other")
+    assert torch.equal(embed(load_encoder("hub/model")), expected)
+    assert list((tmp_path / "other").glob("*.bin"))
+
+
+HUB_ANSWERS = [
+    pytest.param(GatedRepoError, 403, "an/author is gated", id="gated"),
+    pytest.param(HfHubHTTPError, 429, "the Hub does not give an/author", id="throttled"),
+]
+
+
+@pytest.mark.parametrize("error_class, status, words", HUB_ANSWERS)
+def test_a_refusal_of_the_hub_is_said(error_class, status, words, monkeypatch, ends_with_one_line):
+    request = httpx2.Request("GET", "https://huggingface.co")
+    answer = error_class("Sorry", response=httpx2.Response(status, request=request))
+
+    def download(name, **options):
+        raise FileNotFoundError("not in the cache") from answer  # as the library does it
+
+    monkeypatch.setattr("support.loading.snapshot_download", download)
+    error = ends_with_one_line(lambda: load_encoder("an/author"), words)
+    assert "no such folder" not in error
 
 
 def test_what_was_downloaded_runs_without_a_network(bert, ends_with_one_line, monkeypatch):
-    """In the cache of the Hub: a branch is a file with the name of a snapshot's folder."""
-    there = Path(HF_HUB_CACHE, "models--an--author")
-    shutil.copytree(bert, there / "snapshots" / "0123abc")
-    put(there / "refs", {"main": b"0123abc"})
-    assert load("an/author").pooling == "cls"  # what is absent there is absent
-    assert close(embed(load("an/author")), alone(bert, "cls"))
-    declared = {"modules.json": modules(*PLAIN), POOLING: MEAN}
-    put(there / "snapshots" / "0123abc", declared)
-    assert close(embed(load("an/author")), alone(bert, "mean"))
-    for name in ("no/such-model", "nowhere", "x" * 300, "a\0b"):
-        ends_with_one_line(lambda name=name: load(name), name[:9], "no such folder", "hf download")
+    """In the cache of the Hub, a branch is a file that holds the name of a snapshot's folder."""
+    ends_with_one_line(lambda: load_encoder("an/author"), "no such folder", "hf download")
+    cached = Path(HF_HUB_CACHE, "models--an--author")
+    shutil.copytree(bert, cached / "snapshots" / "0123abc")
+    write_files(cached, {"refs/main": "0123abc"})
+    assert_same_vectors(embed(load_encoder("an/author")), alone(bert, "cls"))
     monkeypatch.chdir(bert.parent)
-    shutil.copytree(bert, Path("an", "author"))  # a folder comes first
-    assert close(embed(load("an/author")), alone(bert, "cls"))
+    local = shutil.copytree(bert, Path("an", "author"))  # a folder comes first
+    declared = {"modules.json": modules(TRANSFORMER, POOLING), POOLING_CONFIG: MEAN}
+    write_files(local, declared)
+    assert load_encoder("an/author").pooling == "mean"
