@@ -1,5 +1,6 @@
 """The study: its runs on a pair made in a moment, its tables against numbers worked out by hand."""
 
+import json
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -10,8 +11,7 @@ import pytest
 import torch
 from helpers import ROOT, SENTENCES, before_each_step, random_rows, small_bert, write_files
 from scipy.stats import spearmanr
-from torch.nn.functional import cosine_similarity, normalize
-from transformers import BertModel
+from torch.nn.functional import cosine_similarity
 
 import talas
 from cache_teacher import load_cache
@@ -55,7 +55,8 @@ def test_runs_are_recorded_once_under_their_names(pair_b, tmp_path, monkeypatch,
     monkeypatch.setitem(PAIRS["B"], "dtype", "float16")
     flags = [*pair_b, "--rows", "before", "T", "--seeds", "1", "2", "--each_epoch"]
     run.main(flags)
-    recorded = read_json(tmp_path / "results.json")
+    text = (tmp_path / "results.json").read_text()
+    recorded = json.loads(text)
     assert sorted(recorded) == ["B/T/1", "B/T/2", "B/before"]
     settings = recorded["B/T/1"]["settings"]
     assert (settings["lambda1"], settings["optimizer"], settings["seed"]) == (0, "adamw", 1)
@@ -65,21 +66,21 @@ def test_runs_are_recorded_once_under_their_names(pair_b, tmp_path, monkeypatch,
     assert scores["avg"] == pytest.approx((scores["stsb"] + scores["mrpc"]) / 2)
     assert scores != recorded["B/T/2"]["scores"]
     assert scores != recorded["B/before"]["scores"]
-    out = tmp_path / "runs" / "B-T-1"
-    weights = (out / "model.safetensors").read_bytes()
-    assert (out / "epochs/1/model.safetensors").read_bytes() != weights
-    assert (out / "epochs/2/model.safetensors").read_bytes() == weights
-    text = (tmp_path / "results.json").read_text()
     assert str(tmp_path) not in text  # nothing of this machine
-    capsys.readouterr()
+    kept = tmp_path / "runs/B-T-1/epochs"
+    first, second = ((kept / f"{epoch}/model.safetensors").read_bytes() for epoch in (1, 2))
+    assert first != second
+    assert second == (tmp_path / "runs/B-T-1/model.safetensors").read_bytes()
     run.main(flags)
-    assert capsys.readouterr().out.count("done already") == 4
+    assert capsys.readouterr().out.count("done already") == 5  # before: once for each seed
     assert (tmp_path / "results.json").read_text() == text
 
 
-def test_another_corpus_is_refused(pair_b, tmp_path, ends_with_one_line):
+def test_another_run_is_refused(pair_b, tmp_path, monkeypatch, ends_with_one_line):
     flags = [*pair_b, "--rows", "T"]
     run.main(flags)
+    ends_with_one_line(lambda: run.main([*flags, "--sharpness"]), "no lambda_max")
+    ends_with_one_line(lambda: run.main([*flags, f"--data={tmp_path}/other"]), "another data")
     sentences = ["A sentence of the other corpus.", *SENTENCES[1:]]
     write_files(tmp_path, {"other.jsonl": [{"text": text} for text in sentences]})
     other = [*flags, f"--corpus={tmp_path}/other.jsonl"]
@@ -89,17 +90,9 @@ def test_another_corpus_is_refused(pair_b, tmp_path, ends_with_one_line):
     (tmp_path / "results.json").unlink()
     ends_with_one_line(lambda: run.main(other), "runs/B-T-42", "another corpus")
     assert not (tmp_path / "results.json").exists()
-
-
-def test_another_run_under_a_name_is_refused(pair_b, tmp_path, monkeypatch, ends_with_one_line):
-    flags = [*pair_b, "--rows", "T"]
-    run.main(flags)
-    (tmp_path / "tasks").rename(tmp_path / "others")
-    others = f"--data={tmp_path}/others"
-    ends_with_one_line(lambda: run.main([*flags, others]), "another data")
-    ends_with_one_line(lambda: run.main([*flags, "--sharpness"]), "no lambda_max")
+    (tmp_path / "runs/mpnet.pt").unlink()
     monkeypatch.setitem(ROWS["T"], "flags", f"{ROWS['T']['flags']} --lr 0.02")
-    ends_with_one_line(lambda: run.main(flags), "another settings")
+    ends_with_one_line(lambda: run.main(flags), "runs/B-T-42", "another settings")
 
 
 def test_an_online_row_runs_the_model(pair_b, tmp_path):
@@ -128,23 +121,20 @@ def test_an_interrupted_run_resumes(pair_b, tmp_path, monkeypatch):
 
 
 def test_the_released_objective(bert, cache):
-    """LASD from layer 0 on; at ρ = 0, where w̃ = w, other masks make the second loss another."""
     s = talas.Settings(rho=0.0, lr=1e-9)
     encoder = load_encoder(str(bert))
-    tokens, teacher, domains = Corpus(load_cache(str(cache)), encoder).batch(torch.arange(8))
+    batch = Corpus(load_cache(str(cache)), encoder).batch(torch.arange(8))
     objective = run.Released(encoder, talas.new_projections(s, encoder, 8), s).eval()
-    hidden = encoder.model(**tokens, output_hidden_states=True).hidden_states
+    hidden = encoder.model(**batch[0], output_hidden_states=True).hidden_states
     total = 0.0
-    for lower, upper in zip(hidden[:-1], hidden[1:]):
+    for lower, upper in zip(hidden[:-1], hidden[1:]):  # layer 0, too: three pairs of layers
         R_lower = cosine_similarity(lower[:, None, 0], lower[None, :, 0], dim=-1)
         R_upper = cosine_similarity(upper[:, None, 0], upper[None, :, 0], dim=-1)
         total += ((R_upper - R_lower) ** 2).mean().item()
-    _, terms = objective(tokens, teacher)
-    assert terms["lasd"].item() == pytest.approx(total / 3, rel=1e-4)  # layers 0 to 3
+    assert objective(*batch)[1]["lasd"].item() == pytest.approx(total / 3, rel=1e-4)
     asam, _ = talas.make_optimizer(s, objective.train(), steps=10)
-    for _ in range(2):
-        values = talas.training_step(objective, asam, tokens, teacher, domains, s)
-        assert values["sharpness_gap"] != 0
+    values = talas.training_step(objective, asam, *batch, s)
+    assert values["sharpness_gap"] != 0  # w̃ = w at ρ = 0: the second pass has other masks
 
 
 def test_recorded_settings_are_those_of_the_rows():
@@ -172,11 +162,9 @@ def test_all_rows(tmp_path, ends_with_one_line):
 def test_what_a_training_leaves(tmp_path):
     lines = [{"step": step, "loss": 1, "tamd": step / 10} for step in (44, 50, 90, 100)]
     lines += [{"end_of_epoch": 1, "step": 110}, {"end_of_epoch": 2, "step": 220, "lambda_max": 7.5}]
-    settings = {"student": str(tmp_path), "teacher": "a/b", "lr": 1, "output": "x"}
-    about = {"settings": settings, "teacher": "/x/y.npy", "cost": {"ms_per_step": 3.0, "mb": 9}}
+    about = {"settings": {}, "teacher": "/x/y.npy", "cost": {"ms_per_step": 3.0, "peak_mb": 9}}
     write_files(tmp_path, {"metrics.jsonl": lines, "talas.json": about})
     entry = describe(tmp_path)
-    assert entry["settings"] == {"student": tmp_path.name, "teacher": "a/b", "lr": 1}
     assert (entry["teacher"], entry["cost"]) == ("y.npy", {"ms_per_step": 3.0})
     assert entry["history"] == {"step": [50, 100], "tamd": [5.0, 10.0]}
     assert entry["lambda_max"] == {"2": 7.5}
@@ -184,100 +172,55 @@ def test_what_a_training_leaves(tmp_path):
 
 # --------------------------------------------------------------------------- geometry, benchmark
 def test_geometry_by_hand(bert, cache, tmp_path):
-    W = random_rows(2, 32, 8, dtype=torch.float32)
-    torch.save(list(W), bert / "projections.pt")
-    results = tmp_path / "results.json"
-    geometry.main([str(bert), "--teacher", str(cache), "--results", str(results)])
-    entry = read_json(results)[f"geometry/{bert}"]
-    layer = entry["layers"][1]
+    W = random_rows(32, 8, dtype=torch.float32)
+    torch.save([W], bert / "projections.pt")
+    students = [str(bert), f"{tmp_path}/./bert"]  # one name in two places
+    geometry.main([*students, f"--teacher={cache}", f"--results={tmp_path}/r.json"])
+    recorded = read_json(tmp_path / "r.json")
+    assert sorted(recorded) == sorted([f"geometry/{name}" for name in [*students, "~"]])
+    below, top = recorded[f"geometry/{bert}"]["layers"][1:]
     encoder = load_encoder(str(bert))
     tokens, teacher, _ = Corpus(load_cache(str(cache)), encoder).batch(torch.arange(48))
-    E = encoder.model.eval()(**tokens, output_hidden_states=True).hidden_states[2][:, 0].detach()
-    i, j = np.triu_indices(48, 1)
+    E = talas.embed(encoder, tokens, talas.Settings())[-1][0].detach()
+    loss = 1 - cosine_similarity(E @ W, teacher).mean().item()
+    assert top["tamd"] == pytest.approx(loss, abs=1e-4)
+    assert "tamd" not in below
+    i, j = torch.triu_indices(48, 48, offset=1)
     cosines = cosine_similarity(E[i], E[j])
-    assert layer["spread"] == pytest.approx(1 - cosines.mean().item(), abs=1e-4)
+    assert top["spread"] == pytest.approx(1 - cosines.mean().item(), abs=1e-4)
     rank = spearmanr(cosines, cosine_similarity(teacher[i], teacher[j])).statistic
-    assert layer["spearman"] == pytest.approx(100 * rank, abs=0.1)
-    tamd = 1 - cosine_similarity(E @ W[0], teacher).mean().item()
-    assert layer["tamd"] == pytest.approx(tamd, abs=1e-4)
-    best = normalize(teacher).mean(0)
-    loss = 1 - cosine_similarity(teacher, best[None]).mean().item()
-    assert read_json(results)["geometry/~"]["layers"][0]["tamd"] == pytest.approx(loss, abs=1e-4)
+    assert top["spearman"] == pytest.approx(100 * rank, abs=0.1)
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    """Seconds that steps let pass, in the place of the time that they take."""
-    passed = []
+def seconds(monkeypatch):
+    """{side: the seconds that it takes by a clock of our own}, all 1 until a test sets them."""
+    seconds = dict.fromkeys([*TABLE3, "released"], 1.0)
+    passed = [0.0]
     monkeypatch.setattr(bench.time, "perf_counter", lambda: sum(passed))
-    return passed
-
-
-def test_a_ratio_is_the_first_sides_time_to_the_seconds(monkeypatch, clock):
-    seconds = {"released": 3.0, "talas": 2.0}
-    monkeypatch.setattr(bench, "side", lambda name, *args: lambda rows: clock.append(seconds[name]))
-    cache = {"sentences": SENTENCES}
-    measured = bench.measure("released", cache, SimpleNamespace(turns=3), CPU)
-    assert measured == {"ratio": 1.5, "ms": [3000, 2000]}
-    assert clock[:4] == [2.0, 3.0, 3.0, 2.0]  # in turn, each first in half of them
-
-
-def test_table_3_by_hand(bert, cache, monkeypatch, clock):
-    seconds = dict.fromkeys(TABLE3, 1.0) | {"talas": 4.0, "adamw": 2.0, "cached": 320.0}
-    monkeypatch.setattr(bench, "side", lambda name, *args: lambda rows: clock.append(seconds[name]))
+    monkeypatch.setattr(
+        bench, "side", lambda name, *args: lambda rows: passed.append(seconds[name])
+    )
     monkeypatch.setattr(bench, "peak_mb", lambda *args: 7.0)
+    return seconds
+
+
+def test_a_ratio_is_the_first_sides_time_to_the_seconds(seconds, cache):
+    seconds |= {"released": 3.0, "talas": 2.0}
+    args = SimpleNamespace(turns=3)
+    measured = bench.measure("released", load_cache(str(cache)), args, CPU)
+    assert measured == {"ratio": 1.5, "ms": [3000, 2000]}
+
+
+def test_table_3_by_hand(seconds, bert, cache):
+    seconds |= {"talas": 4.0, "adamw": 2.0, "cached": 320.0}
     args = SimpleNamespace(student=str(bert), teacher=str(bert), turns=2)
     measured = bench.table3(load_cache(str(cache)), args, CPU)
     assert measured["distill"]["ratio"] == {"adamw": 0.5, "talas": 0.25}
     share = measured["cached"]  # 320 s for 32 batches, each used in 5 epochs: 2 s a step
     assert (share["ms"], share["ratio"]) == (2000, {"adamw": 1.0, "talas": 0.5})
-    mb = sum(p.numel() for p in load_encoder(str(bert)).model.parameters()) * 4 / 2**20
-    assert measured["distill"]["teacher"] == 0
-    assert measured["distill"]["student"] == pytest.approx(mb)
-    assert measured["cdm"]["teacher"] == share["teacher"] == pytest.approx(mb / 2)  # bfloat16
-
-
-GAP = {"simcse", "tamd", "lasd", "loss", "sharpness_gap"}
-SIDES = [  # name, sentences that go through the student in a step, its values
-    pytest.param("talas", 2 * 64, GAP, id="talas"),
-    pytest.param("plain", 2 * 64, GAP, id="plain"),
-    pytest.param("bfloat16", 2 * 64, GAP, id="bfloat16"),
-    pytest.param("adamw", 64, {"simcse", "tamd", "lasd", "loss"}, id="adamw"),
-    pytest.param("simcse", 64, {"simcse", "loss"}, id="simcse"),
-    pytest.param("distill", 32, {"distillation", "loss"}, id="distill"),
-    pytest.param("distillcse", 64, {"simcse", "distillation", "loss"}, id="distillcse"),
-]
-
-
-@pytest.mark.parametrize("name, sentences, values", SIDES)
-def test_a_side_does_what_its_name_says(name, sentences, values, bert, cache, monkeypatch):
-    forward = BertModel.forward
-    training_step = talas.training_step
-    sizes, halves, steps = [], set(), []
-
-    def counted(self, input_ids, **options):
-        sizes.append(len(input_ids))
-        halves.add(torch.is_autocast_enabled("cpu"))
-        return forward(self, input_ids=input_ids, **options)
-
-    counted.__signature__ = __import__("inspect").signature(forward)
-    monkeypatch.setattr(BertModel, "forward", counted)
-    monkeypatch.setattr(talas, "training_step", lambda *args: steps.append(training_step(*args)))
-    args = SimpleNamespace(student=str(bert), teacher=None)
-    step = bench.side(name, load_cache(str(cache)), args, CPU)
-    sizes.clear()
-    halves.clear()
-    step(torch.arange(32))
-    assert sum(sizes) == sentences
-    assert steps[0].keys() == values
-    assert halves == {name == "bfloat16"}
-    assert (sizes == [32] * 4) == (name == "plain")  # a pass for each view, of the whole batch
-
-
-def test_asam_needs_one_copy_of_the_weights(bert, cache):
-    args = SimpleNamespace(student=str(bert), teacher=None)
-    measured = bench.measure("memory", load_cache(str(cache)), args, CPU)
-    assert measured["ratio"] == pytest.approx(1.0, abs=0.1)
+    student_mb = measured["distill"]["student"]
+    assert [measured[name]["teacher"] for name in ("distill", "cdm")] == [0, student_mb / 2]
 
 
 # -------------------------------------------------------------------------------- tables and plots
@@ -326,21 +269,23 @@ def test_gains_by_hand():
     assert line(talas_over_distill, "TALAS over distill") == ["", "", "-2.00", "1/9"]
 
 
-def test_settings_sharpness_and_cost_by_hand():
+def test_settings_by_hand():
     made = report.tables(ENTRIES)
     assert line(made["start"], "distill") == ["10.00", "60.00", "–", "–", "55.00"]
     assert line(made["rates"], "STL") == ["–", "–", "–"]
-    curves = [
-        entry("T", 1, 1, 1, lambda_max={"5": 1.0}),
-        entry("T", 2, 1, 1, lambda_max={"5": 3.0}),
+
+
+def test_sharpness_and_cost_by_hand():
+    sharp = [
+        entry("T", seed, 1, 1, lambda_max={"5": value}) for seed, value in [(1, 1.0), (2, 3.0)]
     ]
-    made = report.tables({"a": curves[0], "b": curves[1]})
-    assert line(made["sharpness-B"], "T") == ["–", "–", "–", "–", "2.00 ± 1.41"]
     side = {"ms": 1000.0, "ratio": {"adamw": 5.04, "talas": 2.5}, "rest": 7.0}
     benchmark = {"date": "2026-01-02", "rows": {}, "table3": {"emo": side}}
-    cost = report.tables({"bench/x/cpu": benchmark})["cost-x-cpu"]
-    assert cost[0][0] == "measured 2026-01-02"
-    assert cost[1] == ["EMO", "1000", "5.04", "6.27", "2.50", "3.26", "", "", "7"]  # 1223 / 195
+    made = report.tables({"a": sharp[0], "b": sharp[1], "bench/x/cpu": benchmark})
+    assert line(made["sharpness-B"], "T") == ["–", "–", "–", "–", "2.00 ± 1.41"]
+    cost = line(made["cost-x-cpu"], "EMO")
+    assert cost == ["1000", "5.04", "6.27", "2.50", "3.26", "", "", "7"]  # 6.27 = 1223 / 195
+    assert made["cost-x-cpu"][0][0] == "measured 2026-01-02"
 
 
 def test_a_file_is_filled_between_its_marks(tmp_path, ends_with_one_line):
