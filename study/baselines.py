@@ -1,9 +1,9 @@
-"""Other methods that learn from the cached embeddings alone.
+"""Other methods that need only the teacher's cached embeddings.
 
     python study/baselines.py --method distill --teacher bge-m3.pt --student ...
 
-Each method is an objective; the rest of the training is that of talas.py, by default with AdamW.
-study/README.md gives the choices that were made.
+Each method has its own objective. The rest of the training is that of talas.py, with AdamW by
+default. study/README.md lists the choices that were made.
 """
 
 import sys
@@ -38,7 +38,7 @@ RESTART_ADVICE = "the same command starts again from the beginning"
 # ---------------------------------------------------------------------------------------- settings
 @dataclass(frozen=True)
 class Common(talas.Settings):
-    """The settings of talas.py that all other methods have, those of online.py too."""
+    """The settings of talas.py that all other methods share, also those of online.py."""
 
     optimizer: Literal["asam", "sam", "adamw"] = HfArg(default="adamw", help="Eqs. 2, 8, 9")
     lambda3: float = field(default=0.0, init=False)
@@ -51,14 +51,14 @@ class Common(talas.Settings):
 
 @dataclass(frozen=True)
 class WithStart(talas.Settings):
-    """The settings of talas.py and how W starts, for TALAS itself."""
+    """TALAS's own settings, and how its W_l start."""
 
     projection_std: float = HfArg(default=1e-3, help="standard deviation of W at the start")
 
 
 @dataclass(frozen=True)
 class Settings(Common):
-    """The common settings and those of single methods, which the other methods ignore."""
+    """The common settings, and those that belong to one method; the other methods ignore them."""
 
     method: Literal["distill", "stella", "distillcse", "rkd"] = HfArg(default="distill")
     distance: Literal["cosine", "mse"] = HfArg(default="cosine", help="distill: of the embeddings")
@@ -73,8 +73,9 @@ class Settings(Common):
     group_p: float = HfArg(default=0.1, help="distillcse: width of a group; 0: no shuffling")
     distance_weight: float = HfArg(default=1.0, help="rkd: weight of the distances")
     angle_weight: float = HfArg(default=2.0, help="rkd: weight of the angles")
-    lambda1: float = field(default=0.0, init=False)  # lambda1 and 2: talas.py reads the targets
-    lambda2: float = field(default=1.0, init=False)  # and makes one W
+    # as for TAMD alone: talas.py loads the targets and makes one W
+    lambda1: float = field(default=0.0, init=False)
+    lambda2: float = field(default=1.0, init=False)
 
 
 def method_of(s):
@@ -104,8 +105,8 @@ def similarity_loss(e, teacher):
 def relative_similarity_loss(e, teacher, margin):
     """L_resim of Jasper and Stella: the mean of max(0, s_mn - s_ij + margin) where t_ij > t_mn.
 
-    s and t are the cosines of the N (N - 1) / 2 pairs of sentences, by the student and by the
-    teacher: what is more similar to the teacher should be so to the student. Memory: N⁴.
+    s and t are the cosines of the N (N - 1) / 2 pairs of sentences, by student and by teacher: the
+    student should order the pairs as the teacher does. Memory grows with N⁴.
     """
     s = cosines(e)  # (P,)
     t = cosines(teacher)  # (P,)
@@ -115,7 +116,7 @@ def relative_similarity_loss(e, teacher, margin):
 
 
 def stella_loss(e, teacher, s):
-    """The weighted sum of three losses that Jasper and Stella train with in stages 1 and 2."""
+    """The loss of Jasper and Stella's stages 1 and 2: the weighted sum of three."""
     loss = s.cosine_weight * distill_loss(e, teacher, "cosine")
     loss = loss + s.similarity_weight * similarity_loss(e, teacher)
     return loss + s.relative_weight * relative_similarity_loss(e, teacher, s.margin)
@@ -123,16 +124,16 @@ def stella_loss(e, teacher, s):
 
 # -------------------------------------------------------------------------------------- DistillCSE
 def group_p_shuffle(similarities, p):
-    """Group-P shuffling of DistillCSE (Xu et al., 2023): swap what the teacher may confuse.
+    """Group-P shuffling of DistillCSE (Xu et al., 2023): shuffle similarities that are close.
 
-    similarities: (N, N - 1), of each sentence to the others. A row's softmax is summed up from the
-    largest down; similarities whose sums fall into one interval [g p, (g + 1) p) are a group, and
-    are shuffled within it. Returns the same shape.
+    similarities: (N, N - 1), of each sentence to the others. Their softmax is cumulated from the
+    largest to the smallest. Those whose cumulated values lie in one interval [g p, (g + 1) p) are a
+    group and are shuffled. Returns the same shape.
     """
     descending, order = similarities.sort(descending=True)
-    sums = descending.softmax(-1).cumsum(-1).clamp(max=1 - 1e-6)
-    group = sums.div(p).floor()
-    shuffled = (group + torch.rand_like(group)).argsort(-1)  # no similarity leaves its group
+    cumulated = descending.softmax(-1).cumsum(-1).clamp(max=1 - 1e-6)
+    group = cumulated.div(p).floor()
+    shuffled = (group + torch.rand_like(group)).argsort(-1)  # within the groups
     return torch.empty_like(descending).scatter(-1, order, descending.gather(-1, shuffled))
 
 
@@ -143,7 +144,7 @@ def similarities_to_others(e):
 
 
 def distribution_loss(z, teacher, s, shuffled):
-    """The distillation of DistillCSE: cross entropy from the teacher's distribution, the mean.
+    """DistillCSE's distillation: the mean cross entropy with the teacher's distribution.
 
     z: (N, d_S); teacher: (N, d_T). A sentence's distribution is the softmax of its similarities to
     the others over a temperature. The teacher's similarities may be shuffled first.
@@ -208,7 +209,7 @@ def prepare(s, cache, kind=Baseline):
     encoder = talas.load_student(s, cache["sentences"])
     corpus = Corpus(cache, encoder)
     projections = []
-    if method_of(s) not in ("distillcse", "rkd"):  # these compare relations, in either space
+    if method_of(s) not in ("distillcse", "rkd"):  # these compare sentences within each space
         projections = talas.new_projections(s, encoder, corpus.d_T)
     if hasattr(s, "projection_std"):
         for W in projections:

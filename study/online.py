@@ -2,10 +2,10 @@
 
     python study/online.py --method cdm --teacher BAAI/bge-m3 --corpus corpus.jsonl --student ...
 
-cdm: contextual dynamic mapping; dskd: dual-space knowledge distillation; emo. A batch brings no
-e^T but a dict of the teacher's side: the states of its tokens, and which of them belong to which of
-the student's tokens. n_S and n_T are the tokens of the longest sentence. study/README.md gives the
-choices that were made.
+cdm: contextual dynamic mapping; dskd: dual-space knowledge distillation. Instead of e^T a batch has
+a dict: the teacher's token states, and which teacher tokens belong to which student tokens. n_S and
+n_T are the numbers of their tokens in the longest sentence. study/README.md lists the choices that
+were made.
 """
 
 import argparse
@@ -33,19 +33,20 @@ from support.files import digest
 from support.loading import load_encoder
 from support.run import RESUME_ADVICE
 
-PIECE = 8  # sentences of a piece of a batch on a CPU: a large teacher loses most by padding
-METHODS = {  # each with its defaults: the released code's, where Appendix E is silent
+PIECE = 8  # sentences that a CPU takes at a time: small, because padding costs a large teacher most
+METHODS = {  # method -> its defaults, which are the released code's where Appendix E is silent
     "cdm": {"temperature": 0.07, "projection_lr_scale": 2.0},
     "dskd": {"temperature": 0.07, "projection_lr_scale": 1.0},
     "emo": {"temperature": 0.05, "projection_lr_scale": 1.0, "warmup_ratio": 0.1},
 }
-FIRST_SPECIAL = "\0" * 20  # what emo compares in place of special tokens: they are alike, and
-OTHER_SPECIAL = "\1" * 20  # far from any word
+# emo compares these in place of special tokens: far from any word, equal for both tokenizers
+FIRST_SPECIAL = "\0" * 20
+OTHER_SPECIAL = "\1" * 20
 
 
 @dataclass(frozen=True)
 class Settings(baselines.Common):
-    """The common settings and those of the online teacher."""
+    """The common settings, and those of the online teacher."""
 
     teacher: str = HfArg(default="", help="Hub id or directory of the model that runs online")
     corpus: str = HfArg(default="demo", help="as for cache_teacher.py")
@@ -55,8 +56,9 @@ class Settings(baselines.Common):
     teacher_pooling: Literal["auto", "cls", "mean", "last"] = HfArg(default="auto")
     precision: str = field(default="float32", init=False)
     projection_std: float = HfArg(default=0.0, help="of W at the start; 0: the method's own")
-    lambda1: float = field(default=1.0, init=False)  # lambda1 and 2: only what SimCSE needs is
-    lambda2: float = field(default=0.0, init=False)  # checked
+    # as for SimCSE alone: a corpus is enough, no cache is needed
+    lambda1: float = field(default=1.0, init=False)
+    lambda2: float = field(default=0.0, init=False)
 
 
 # ------------------------------------------------------------------ which tokens belong together
@@ -76,7 +78,7 @@ def edit_distance(a, b):
 
 
 def edit_distances(a, b):
-    """The distance of each str of one list to each of another: (n_a, n_b)."""
+    """The distances between two lists of str: (n_a, n_b)."""
     distances = np.zeros((len(a), len(b)), int)
     for i, j in np.ndindex(distances.shape):
         distances[i, j] = edit_distance(a[i], b[j])
@@ -106,9 +108,9 @@ def warp(cost):
 def words_of(encoder, sentence, with_special):
     """{position: str} of a sentence's tokens, in lower case and without subword markers.
 
-    Special tokens are left out, or take one of two strings that are unlike any word.
+    Special tokens are left out, or become FIRST_SPECIAL and OTHER_SPECIAL.
     """
-    encoding = encoder.tokenizer.encode(sentence)  # cut to the maximum length by tokenize()
+    encoding = encoder.tokenizer.encode(sentence)  # tokenize() has set the maximum length
     if all(encoding.special_tokens_mask):
         fail(f"a tokenizer finds no word in the sentence {sentence[:60]!r}; leave it out")
     words = {}
@@ -122,17 +124,18 @@ def words_of(encoder, sentence, with_special):
 
 # ---------------------------------------------------------------------------- what a batch brings
 def token_states(encoder, batch, attention_layers):
-    """A dict of what an encoder makes of a right-padded batch.
+    """What an encoder computes for a right-padded batch of n tokens; 0 at padding.
 
-    middle, last: token states after layers ceil(L / 2) and L, (N, n, d); sentence: (N, d); mask:
-    (N, n); and by its name each of attention_layers, {name: index}: the attention there, mean over
-    the heads, (N, n, n). On a CPU it takes pieces of sentences of like length; the rest is 0.
+    attention_layers: {name: index of a layer}. Returns a dict: middle and last, the token states
+    after layers ceil(L / 2) and L, (N, n, d); sentence, (N, d); mask, (N, n); and under each name
+    the attention of that layer, mean over the heads, (N, n, n). On a CPU the batch is processed in
+    pieces of sentences of similar length.
     """
     mask = batch["attention_mask"]
     lengths = mask.sum(1)
     order = lengths.argsort(stable=True)
     options = {"output_attentions": True} if attention_layers else {}
-    pieces = defaultdict(list)  # name: its part of each piece, padded to the whole batch's length
+    pieces = defaultdict(list)  # name -> the values of each piece, padded to n tokens
     for rows in order.split(PIECE if mask.device.type == "cpu" else len(mask)):
         longest = int(lengths[rows].max())
         rest = mask.shape[1] - longest
@@ -159,10 +162,10 @@ def token_importance(attention, mask):
 
 
 def student_mass(importance, links, student_mask):
-    """What transport takes from each student token; a sentence's sum is 1. (N, n_S).
+    """The masses of the student's tokens in emo's transport, (N, n_S); a sentence's sum is 1.
 
-    It is the importance (N, n_T) of the teacher's token that is linked to it, or without a link the
-    least importance in the sentence. links: (N, n_S, n_T); student_mask: (N, n_S).
+    A token gets the importance, (N, n_T), of the teacher token that is linked to it; without a link
+    it gets the least importance in the sentence. links: (N, n_S, n_T); student_mask: (N, n_S).
     """
     least = importance.masked_fill(importance == 0, torch.inf).amin(1, keepdim=True)  # 0: padding
     linked = (links @ importance[:, :, None]).squeeze(-1)
@@ -171,7 +174,7 @@ def student_mass(importance, links, student_mask):
 
 
 def most_important(pairs, importance):
-    """The third of a sentence's pairs whose teacher tokens are most important, at least three.
+    """A third of a sentence's pairs, at least three: those with the most important teacher tokens.
 
     pairs: positions of (student token, teacher token), (r, 2); importance: (n_T,).
     """
@@ -181,14 +184,14 @@ def most_important(pairs, importance):
 
 
 class OnlineCorpus(Corpus):
-    """A corpus whose batches bring the online teacher's side in place of e^T."""
+    """A corpus whose batches have the online teacher's states instead of e^T."""
 
     def __init__(self, cache, encoder, teacher, s):
         super().__init__(cache, encoder)
         self.teacher = teacher
         self.method = s.method
         self.teacher_tokens = tokenize(teacher, cache["sentences"])
-        self.links = []  # of each sentence (r, 2)
+        self.links = []  # a sentence's links, (r, 2)
         self.mutual = []
         for sentence in cache["sentences"]:
             links, mutual = self.match(sentence)
@@ -196,7 +199,7 @@ class OnlineCorpus(Corpus):
             self.mutual.append(np.array(mutual, np.int16))
 
     def identity(self):
-        """A hash of what is learnt from, the teacher's weights too, and of who learns."""
+        """A hash of the corpus, the student's and the teacher's configuration and its weights."""
         weights = self.teacher.model.state_dict().values()
         teacher = self.teacher.identity()
         return digest(super().identity(), teacher, self.teacher_tokens.ids, *weights)
@@ -204,9 +207,9 @@ class OnlineCorpus(Corpus):
     def match(self, sentence):
         """(links, mutual): lists of positions (student token, teacher token) in a sentence.
 
-        links: for cdm the warping path; for dskd each word with each; for emo each student token
-        with the last teacher token to which it is the nearest. mutual, for emo alone: the pairs
-        that have each other nearest.
+        links: for cdm the warping path; for dskd every pair of words; for emo each student token
+        with the last teacher token whose nearest token it is. mutual, for emo only: pairs in which
+        each token is the other's nearest.
         """
         with_special = self.method == "emo"
         student_words = words_of(self.encoder, sentence, with_special)
@@ -220,7 +223,7 @@ class OnlineCorpus(Corpus):
         student_place = np.linspace(0, 1, len(S))
         teacher_place = np.linspace(0, 1, len(T))
         distance = np.abs(teacher_place[:, None] - student_place)
-        cost = cost + distance / 2  # of equally similar words the one in the nearer place
+        cost = cost + distance / 2  # a tie goes to the token at the nearer place
         links, mutual = {}, []
         for i, j in enumerate(cost.argmin(1)):
             links[S[j]] = T[i]
@@ -230,15 +233,15 @@ class OnlineCorpus(Corpus):
 
     @torch.no_grad()
     def batch(self, rows):
-        """Positions (N,) -> the student's tokens; a dict of the teacher's side; domains, (N,).
+        """Positions (N,) -> the student's tokens; a dict for the teacher; domains, (N,).
 
-        Beside token_states: links, (N, n_S, n_T), 1 where match has a link. For emo importance,
-        (N, n_T), mass, (N, n_S), and pairs: N of (r, 2), as in most_important.
+        The dict has the teacher's token_states and links, (N, n_S, n_T): 1 where match has a link.
+        For emo also importance, (N, n_T); mass, (N, n_S); pairs: N of (r, 2), see most_important.
         """
         tokens, _, domains = super().batch(rows)
         student_mask = tokens["attention_mask"]
         attention_layers = {}
-        if self.method == "emo":  # attention: of the layer in the place of the student's last one
+        if self.method == "emo":  # the teacher has ⌊L_T / L_S⌋ layers for each student layer
             L_S, L_T = self.encoder.layers, self.teacher.layers
             attention_layers = {"attention": L_S * (L_T // L_S) - 1, "last_attention": -1}
         teacher_batch = pad(self.teacher_tokens, rows, self.teacher.model)
@@ -266,7 +269,7 @@ def unit_mse(a, b, mean="elements"):
 
 
 def attention(queries, keys, mask):
-    """Softmax over the keys that are no padding: (N, n, d), (N, m, d), (N, m) -> (N, n, m)."""
+    """Softmax over the keys that are not padding: (N, n, d), (N, m, d), (N, m) -> (N, n, m)."""
     scores = queries @ keys.transpose(1, 2) / queries.shape[-1] ** 0.5
     return scores.masked_fill(mask[:, None] == 0, -torch.inf).softmax(-1)
 
@@ -300,19 +303,20 @@ def sinkhorn(cost, a, b, epsilon, iterations):
 
 
 def cdm_loss(projections, student, teacher, s):
-    """Contextual dynamic mapping: 50 x the words' mean square + that of the sentence vectors."""
+    """Contextual dynamic mapping: 50 x the mean square of words + that of sentences."""
     P = projections[0]
     words = teacher["links"].any(-1)  # (N, n_S)
-    aligned = teacher["links"] @ teacher["last"]  # (N, n_S, d_T): sums, as unit vectors the means
+    aligned = teacher["links"] @ teacher["last"]  # (N, n_S, d_T): sums; unit_mse ignores length
     word_loss = unit_mse(student["last"][words] @ P, aligned[words], s.mse)
     sentence_loss = unit_mse(student["sentence"] @ P, teacher["sentence"], s.mse)
     return 50 * word_loss + sentence_loss
 
 
 def dskd_loss(projections, student, teacher, s):
-    """Dual-space distillation: sentences and words, in the teacher's space and in the student's.
+    """Dual-space distillation: of sentences and words, in the teacher's and the student's space.
 
-    Words: each side's middle layer, and what attention makes of the other's.
+    The words are the states of the middle layers. Each side's words are compared with what
+    cross-attention makes of the other side's.
     """
     to_T, to_S, q_S, k_T, v_T, q_T, k_S, v_S = projections
     S, T = student["middle"], teacher["middle"]
@@ -340,9 +344,9 @@ def emo_loss(projections, student, teacher):
 
 
 def new_projections(s, encoder, d_T):
-    """A method's matrices in the order in which its loss takes them, on the encoder's device.
+    """A method's matrices, in the order in which its loss unpacks them.
 
-    They start as a linear layer of torch, those of dskd as Xavier's, or with s.projection_std.
+    They start as torch's linear layers do, those of dskd as Xavier's, or with s.projection_std.
     """
     d_S = encoder.dimensions
     d_A = min(d_S, d_T)  # of queries and keys
@@ -372,7 +376,7 @@ def new_projections(s, encoder, d_T):
 
 
 class Online(talas.Objective):
-    """A method's objective: SimCSE, and what it takes from the teacher's tokens."""
+    """A method's objective: SimCSE, and its distillation of the teacher's tokens."""
 
     def forward(self, tokens, teacher, domains=None):
         """(loss, {its terms}); tokens as in talas.embed, teacher as in OnlineCorpus.batch."""
@@ -383,7 +387,7 @@ class Online(talas.Objective):
         z, z_prime = states["sentence"].chunk(2)
         simcse = talas.simcse_loss(z, z_prime, s.temperature)
         student = {name: x[: len(z)] for name, x in states.items()}  # the first view
-        student["sentence"] = z
+        student["sentence"] = z  # the same numbers, and one path for their gradient
         if s.method == "cdm":
             distillation = cdm_loss(self.projections, student, teacher, s)
         elif s.method == "dskd":
@@ -397,7 +401,7 @@ class Online(talas.Objective):
 
 # ------------------------------------------------------------------------------------ command line
 def parse_settings(argv):
-    """Settings from the command line; the defaults are the method's own."""
+    """Settings from the command line, with the defaults of the method that it names."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--method", nargs="?", default=Settings.method)
     args, _ = parser.parse_known_args(argv)
@@ -405,7 +409,7 @@ def parse_settings(argv):
 
 
 def prepare(s, cache):
-    """(corpus, objective) for a cache's sentences; the teacher is on the student's device."""
+    """(corpus, objective) for a cache's sentences, with the teacher on the student's device."""
     if not s.teacher:
         fail("--teacher is missing: the Hub id or the folder of a model, which runs in every step")
     encoder = talas.load_student(s, cache["sentences"])
@@ -413,7 +417,7 @@ def prepare(s, cache):
     device = encoder.model.device
     teacher = load_encoder(s.teacher, s.teacher_pooling, s.max_length, dtype, device)
     cache["teacher"] = s.teacher
-    if s.method == "emo":  # the fused kernels give no attention maps
+    if s.method == "emo":  # the fused kernels return no attention
         encoder.model.set_attn_implementation("eager")
         teacher.model.set_attn_implementation("eager")
     projections = new_projections(s, encoder, teacher.dimensions)
