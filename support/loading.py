@@ -107,7 +107,8 @@ def read_pooling(path):
         modes = [modes]
     if not modes:  # older versions: "pooling_mode_cls_token": true, "..._mean_tokens": false
         flags = [key for key in settings if key.startswith("pooling_mode_") and settings[key]]
-        modes = [flag.split("_")[2] for flag in flags] or ["mean"]
+        names = [flag.removeprefix("pooling_mode_").removesuffix("_tokens") for flag in flags]
+        modes = [name.removesuffix("_token") for name in names] or ["mean"]
     mode = "+".join(modes)
     if mode not in POOLINGS:
         fail(f"{path}: pooling_mode {mode} is not implemented; {ARRAY}")
