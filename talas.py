@@ -315,8 +315,8 @@ def new_projections(s, encoder, d_T):
     if not s.lambda2:
         return []
     shape = (encoder.dimensions, d_T)
-    new = [W_STD * torch.randn(shape) for _ in range(s.anchored_layers)]
-    return [W.to(encoder.model.device) for W in new]
+    device = encoder.model.device
+    return [W_STD * torch.randn(shape).to(device) for _ in range(s.anchored_layers)]
 
 
 def make_optimizer(s, objective, steps):
@@ -429,8 +429,7 @@ def measure_sharpness(objective, corpus, s):
     try:
         objective.eval()
         model.set_attn_implementation("eager")  # the fused kernels have no second derivative
-        weights = [p for p in model.parameters() if p.requires_grad]
-        return largest_hessian_eigenvalue(losses, weights)
+        return largest_hessian_eigenvalue(losses, model.parameters())
     finally:
         model.set_attn_implementation(attention)
         objective.train(was_training)
