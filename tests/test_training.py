@@ -1,24 +1,23 @@
-"""Algorithm 1 and whole runs: against plain PyTorch, setting by setting, interrupted, mistaken."""
+"""Whole runs: against plain PyTorch, setting by setting, interrupted, with mistakes."""
 
 import json
 import math
 import os
 import resource
-import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
-from dataclasses import asdict, fields, replace
+import tempfile
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
-import conftest
 import pytest
 import torch
-from conftest import (
+from helpers import (
     ROOT,
     SENTENCES,
     SOURCES,
@@ -26,541 +25,793 @@ from conftest import (
     in_a_process,
     in_two_processes,
     metrics,
-    plain_perturbed,
-    plain_total,
-    put,
     small_bert,
+    small_cache,
+    write_files,
 )
+from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoTokenizer
 
 import talas
 from cache_teacher import fingerprint, load_cache
 from demo import tiny
-from study import baselines
 from support import run as runs
-from support.data import Corpus
-from support.encoder import encode, tokenize
+from support.data import Corpus, read_table
 from support.loading import load_encoder
 from talas import Settings
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-EPOCHS = "--epochs 3 --batch_size 16 --lr 1e-3 --rho 0.5"  # three, of three steps
+RUN = {  # three epochs of three steps
+    "student": "bert",
+    "teacher": "teacher.pt",
+    "output": "out",
+    "epochs": 3,
+    "batch_size": 16,
+    "lr": 1e-3,
+    "rho": 0.5,
+}
 
 
-def run(*flags):
-    """A run with these words for a command line; several may stand in one string."""
-    talas.main(words(*flags))
+def command_line(**settings):
+    """The flags of RUN, with these settings added or changed."""
+    flags = []
+    for name, value in (RUN | settings).items():
+        flags += [f"--{name}", str(value)]
+    return flags
 
 
-def words(*flags):
-    return [word for f in flags for word in (shlex.split(f) if isinstance(f, str) else [str(f)])]
+def run(**settings):
+    """The run of RUN, with these settings added or changed."""
+    talas.main(command_line(**settings))
 
 
 def result(folder):
-    """A saved student and its projections to the bit, and the losses on the way."""
-    files = [Path(folder, name).read_bytes() for name in ("model.safetensors", "tokenizer.json")]
-    W = [W_l.tolist() for W_l in torch.load(Path(folder, "projections.pt"), weights_only=True)]
-    losses = [(line["step"], line.get("loss")) for lines in metrics(folder) for line in lines]
-    return files, W, losses
+    """What a run leaves, to the bit: the student, its projections, its log but for the cost."""
+    student = Path(folder, "model.safetensors").read_bytes()
+    projections = [W.tolist() for W in torch.load(Path(folder, "projections.pt"))]
+    steps, epochs = metrics(folder)
+    for line in steps:
+        del line["ms_per_step"], line["memory_mb"]
+    return student, projections, steps, epochs
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder: a student, a cache, a run of three epochs, the same run killed in the second."""
-    folder = tmp_path_factory.mktemp("made")
-    small_bert(folder / "bert")
-    conftest.small_cache(folder / "teacher.pt")
-    flags = ["--student", folder / "bert", "--teacher", folder / "teacher.pt", EPOCHS, "--output"]
-    run(*flags, folder / "whole")
-    assert in_a_process(lambda: (at_step(5, kill), run(*flags, folder / "cut"))) == -9
+def earlier_runs(tmp_path_factory, shared_bert):
+    """A folder: bert, teacher.pt, a whole run, the same run killed in its second epoch (cut)."""
+    folder = tmp_path_factory.mktemp("earlier")
+    shutil.copytree(shared_bert, folder / "bert")
+    small_cache(folder / "teacher.pt")
+
+    def killed_run():
+        before_step(5, kill)
+        run(output="cut")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run(output="whole")
+        assert in_a_process(killed_run) == -signal.SIGKILL
     return folder
 
 
 @pytest.fixture
-def copy(made, tmp_path, monkeypatch):
-    """The flags of that run, but for the output, in a copy of that folder."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+def folder(earlier_runs, tmp_path, monkeypatch):
+    """The current folder, a copy of earlier_runs."""
+    shutil.copytree(earlier_runs, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    return words("--student bert --teacher teacher.pt", EPOCHS)
+    return tmp_path
 
 
-def at_step(number, do, rank=0):
-    """From here on, something happens before that step of a run."""
-    before_each_step(lambda n, _: n == number and runs.rank() == rank and do())
+# ------------------------------------------------------------ the paper once more, in plain PyTorch
+def plain_layers(model, batch):
+    """[CLS] after each layer, for two views: L of (2, N, d_S)."""
+    views = {name: torch.cat([values, values]) for name, values in batch.items()}
+    states = model(**views, output_hidden_states=True).hidden_states[1:]
+    return [hidden[:, 0].unflatten(0, (2, -1)) for hidden in states]
 
 
-# --------------------------------------------------------- the paper once more, in plain PyTorch
-def plain_loss(model, W, batch, teacher, s, domains=None):
-    """Eq. 7 of two views, with [CLS] pooling, and its terms; with domains, for DISAM, Eq. 10."""
-    twice = {name: torch.cat([t, t]) for name, t in batch.items()}
-    states = model(**twice, output_hidden_states=True).hidden_states[1:]
-    E = [h[:, 0].view(2, len(teacher), -1) for h in states]  # L of (2, N, d_S)
-    loss, terms = plain_total(E, W, teacher, s)
-    if domains is None:
-        return loss, terms | {"loss": loss}
-    own = [domains == d for d in set(domains.tolist())]
-    L = torch.stack([plain_total([x[:, d] for x in E], W, teacher[d], s)[0] for d in own])
-    alpha = torch.stack([d.double().mean() for d in own])
-    return alpha @ L - s.disam_lambda * L.var(unbiased=False), terms | {"loss": loss}
+def cosines(a, b):
+    """Of each row of (n, d) with each row of (m, d): (n, m)."""
+    return a @ b.T / a.norm(dim=1)[:, None] / b.norm(dim=1)
 
 
-def plain_step(model, W, w, batch, teacher, domains, s):
-    """Eqs. 2, 8-12: the gradient for AdamW, which each of w gets, and the values of a step."""
-    climbed, values = plain_loss(
-        model, W, batch, teacher, s, domains if s.optimizer == "disam" else None
-    )
-    gradient = torch.autograd.grad(climbed, w)
-    if s.optimizer != "adamw":
-        eta, again = s.eta if s.optimizer == "asam" else None, (model, W, batch, teacher, s)
-        gradient, L_tilde = plain_perturbed(w, gradient, lambda: plain_loss(*again)[0], s.rho, eta)
-        values["sharpness_gap"] = L_tilde - values["loss"]
-    for p, g in zip(w, gradient):
-        p.grad = g
-    return {name: value.item() for name, value in values.items()}
+def plain_loss(layers, W, teacher, s):
+    """Eqs. 3-7: the loss, and the values of a step."""
+    first = [views[0] for views in layers]
+    tamd = 0
+    for E, W_l in zip(first[-len(W) :], W):
+        tamd += (1 - cosines(E @ W_l, teacher).diag()).mean() / len(W)
+    chained = s.lasd_layers or len(first)
+    R = [cosines(E, E) for E in first[-chained:]]
+    lasd = 0
+    for lower, guide in zip(R, R[1:]):
+        if s.detach_guide:
+            guide = guide.detach()
+        lasd += ((guide - lower) ** 2).sum() / len(lower) ** 2 / (len(R) - 1)
+    view, other_view = layers[-1]
+    similarities = torch.exp(cosines(view, other_view) / s.temperature)
+    simcse = -torch.log(similarities.diag() / similarities.sum(1)).mean()
+    loss = s.lambda1 * simcse + s.lambda2 * tamd + s.lambda3 * lasd
+    return loss, {"simcse": simcse, "tamd": tamd, "lasd": lasd, "loss": loss}
 
 
-def plain_run(bert, cache, s, W):
-    """A whole run from the projections W, in float64; returns the model, W and each step's values.
+def plain_disam(layers, W, teacher, domains, s):
+    """Eqs. 10-12: the weighted mean of Eq. 7 in each domain, less lambda times the variance."""
+    alpha, losses = [], []
+    for domain in domains.unique():
+        rows = domains == domain
+        domain_loss, _ = plain_loss([E[:, rows] for E in layers], W, teacher[rows], s)
+        losses.append(domain_loss)
+        alpha.append(rows.double().mean())
+    losses = torch.stack(losses)
+    return torch.stack(alpha) @ losses - s.disam_lambda * losses.var(unbiased=False)
+
+
+def plain_gradient(model, W, w, batch, teacher, domains, s):
+    """Eqs. 2, 8-12: the gradient that AdamW is given, and the values of a step."""
+    layers = plain_layers(model, batch)
+    loss, values = plain_loss(layers, W, teacher, s)
+    if s.optimizer == "disam":
+        loss = plain_disam(layers, W, teacher, domains, s)
+    gradient = torch.autograd.grad(loss, w)
+    if s.optimizer == "adamw":
+        return gradient, values
+    unperturbed = [p.detach().clone() for p in w]
+    T = [torch.ones_like(p) for p in unperturbed]  # Eq. 9
+    if s.optimizer == "asam":
+        T = [p.abs() + s.eta for p in unperturbed]
+    norm = sum(((t * g) ** 2).sum() for t, g in zip(T, gradient)).sqrt()
+    for p, t, g in zip(w, T, gradient):
+        p.data += s.rho * t**2 * g / norm
+    perturbed_loss, _ = plain_loss(plain_layers(model, batch), W, teacher, s)
+    values["sharpness_gap"] = perturbed_loss - values["loss"]
+    gradient = torch.autograd.grad(perturbed_loss, w)
+    for p, before in zip(w, unperturbed):
+        p.data = before
+    return gradient, values
+
+
+def plain_run(model, W, s):
+    """Train the model and W in place, in float64; returns the values of each step.
 
     AdamW with a linear warm-up and a cosine decay to 0.
     """
-    model = AutoModel.from_pretrained(bert, dtype=torch.float64)
-    tokenizer, data = AutoTokenizer.from_pretrained(bert), torch.load(cache)
-    W = [W_l.double().requires_grad_() for W_l in W]
-    own = [p for name, p in model.named_parameters() if "pooler" not in name]  # which is not used
-    groups = [{"params": own}, {"params": W}]
-    adamw = torch.optim.AdamW(groups, weight_decay=s.weight_decay)
-    order = [rows for e in range(s.epochs) for rows in talas.batches(len(SENTENCES), s, e)]
-    warm, values = round(s.warmup_ratio * len(order)), []
+    tokenizer = AutoTokenizer.from_pretrained("steady")
+    embeddings = torch.load("teacher.pt")["embeddings"].double()
+    student = [p for name, p in model.named_parameters() if "pooler" not in name]  # it is unused
+    adamw = torch.optim.AdamW([{"params": student}, {"params": W}], weight_decay=s.weight_decay)
+    order = []
+    for epoch in range(s.epochs):
+        order += talas.batches(len(SENTENCES), s, epoch)
+    warm_up = round(s.warmup_ratio * len(order))
+    steps = []
     for t, rows in enumerate(order):
         batch = tokenizer([SENTENCES[i] for i in rows], padding=True, return_tensors="pt")
-        teacher = data["embeddings"][rows].double()
-        domains = torch.tensor(["ab".index(SOURCES[i]) for i in rows])
-        of_step = plain_step(model, W, own + W, batch, teacher, domains, s)
-        past = (t - warm) / (len(order) - warm)
-        lr = s.lr * (t / warm if t < warm else (1 + math.cos(math.pi * past)) / 2)
-        adamw.param_groups[0]["lr"], adamw.param_groups[1]["lr"] = lr, lr * s.projection_lr_scale
+        domains = torch.tensor([SOURCES[i] == "b" for i in rows])
+        w = student + W
+        gradient, values = plain_gradient(model, W, w, batch, embeddings[rows], domains, s)
+        for p, g in zip(w, gradient):
+            p.grad = g
+        if t < warm_up:
+            lr = s.lr * t / warm_up
+        else:
+            lr = s.lr * (1 + math.cos(math.pi * (t - warm_up) / (len(order) - warm_up))) / 2
+        adamw.param_groups[0]["lr"] = lr
+        adamw.param_groups[1]["lr"] = lr * s.projection_lr_scale
         adamw.step()
-        values.append(of_step | {"lr": lr})
-    return model, W, values
+        steps.append({name: value.item() for name, value in values.items()} | {"lr": lr})
+    return steps
 
 
-MANY = "--lambda1 0.3 --lambda2 0.5 --lambda3 0.7 --temperature 0.2 --epochs 3 --batch_size 10 --lr"
-MANY += " 1e-3 --weight_decay 0.2 --projection_lr_scale 3 --warmup_ratio 0.2 --rho 0.2 --optimizer "
-RUNS = ["asam --eta 0.05", "sam --lasd_layers 2 --detach_guide"]
-RUNS += ["disam --disam_lambda 2 --anchored_layers 1 --warmup_ratio 0.5"]
-RUNS += ["adamw --lambda1 0.5 --temperature 0.3 --weight_decay 0 --projection_lr_scale 1"]
+ALL_TERMS = {  # three epochs of four steps
+    "student": "steady",
+    "lambda1": 0.3,
+    "lambda2": 0.5,
+    "lambda3": 0.7,
+    "temperature": 0.2,
+    "batch_size": 10,
+    "rho": 0.2,
+    "weight_decay": 0.2,
+    "projection_lr_scale": 3,
+    "warmup_ratio": 0.2,  # of 12 steps: 2.4
+}
+METHODS = [
+    {"optimizer": "asam", "eta": 0.05},
+    {"optimizer": "sam", "lasd_layers": 2, "detach_guide": True, "warmup_ratio": 0.3},  # 3.6
+    {"optimizer": "disam", "disam_lambda": 2, "anchored_layers": 1},
+    {"optimizer": "adamw", "temperature": 0.3, "weight_decay": 0, "projection_lr_scale": 1},
+]
 
 
-@pytest.mark.parametrize("settings", RUNS)
-def test_algorithm1_a_whole_run_is_that_of_plain_pytorch(tmp_path, cache, monkeypatch, settings):
+def assert_close(weights, expected, before):
+    """The same weights, but for a few thousandths of the way that they went."""
+    assert (weights - expected).norm() < 0.002 * (expected - before).norm()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_algorithm1_a_whole_run_is_that_of_plain_pytorch(here, monkeypatch, method):
     """Without dropout; sentences of several lengths; what is drawn, order and W_l, is given."""
-    bert, out = small_bert(tmp_path / "bert", **NO_DROPOUT), tmp_path / "student"
-    flags = [MANY + settings, "--student", bert, "--teacher", cache]
-    s = talas.parse_settings(words(*flags))
-    drawn = [torch.randn(32, 8) * 1e-3 for _ in range(s.anchored_layers)]
-    monkeypatch.setattr(talas, "new_projections", lambda *_: [W_l.clone() for W_l in drawn])
-    run(*flags, "--output", out)
-    model, W, values = plain_run(bert, cache, s, drawn)
+    small_bert("steady", **NO_DROPOUT)
+    settings = ALL_TERMS | method
+    s = talas.parse_settings(command_line(**settings))
+    start_W = [0.001 * torch.randn(32, 8) for _ in range(s.anchored_layers)]
+    new_projections = Mock(return_value=[W.clone() for W in start_W])
+    monkeypatch.setattr(talas, "new_projections", new_projections)
+    monkeypatch.setattr(runs, "LOG_EVERY", 1)
+    run(**settings)
 
-    trained, start = AutoModel.from_pretrained(out), AutoModel.from_pretrained(bert)
-    saved = torch.load(out / "projections.pt", weights_only=True)
-    pairs = {f"W{i}": pair for i, pair in enumerate(zip(saved, W, drawn, strict=True))}
-    ours, plain, before = (x.state_dict() for x in (trained, model, start))
-    pairs |= {name: (ours[name], plain[name], before[name]) for name in before}
-    for name, (ours, plain, before) in pairs.items():
-        if "pooler" in name:  # not used: not even decayed
-            assert torch.equal(ours, before)
-        elif "key.bias" not in name:  # softmax does not see it: its gradient is rounding alone
-            assert (ours - plain).norm() < 0.002 * (plain - before).norm(), name
-    logged, first = metrics(out)[0], 0
-    for line in logged:
-        some, first = values[first : line["step"]], line["step"]
-        expected = {name: statistics.fmean(step[name] for step in some) for name in some[0]}
-        expected["lr"] = some[-1]["lr"]  # the last one's; else means
-        assert {name: line[name] for name in expected} == pytest.approx(expected, 1e-3, 1e-5)
-    lines = [(line["step"], line["epoch"]) for line in logged]  # each tenth, each epoch's last
-    assert lines == [(4, 1), (8, 2), (10, 3), (12, 3)]
+    plain = AutoModel.from_pretrained("steady", dtype=torch.float64)
+    plain_W = [W.double().requires_grad_() for W in start_W]
+    steps = plain_run(plain, plain_W, s)
 
-
-# ------------------------------------------------------------------- Algorithm 1: what is drawn
-def test_algorithm1_both_passes_of_a_step_draw_the_same_dropout_and_each_W_is_small(copy):
-    """Without a perturbation the passes are one and the same, without lr the W_l as they began."""
-    run(*copy, "--rho 0 --lr 1e-12 --epochs 1 --output out")
-    assert metrics("out")[0][0]["sharpness_gap"] == 0
-    W = torch.stack(torch.load("out/projections.pt"))
-    assert (W.std(), W.mean()) == (pytest.approx(1e-3, rel=0.1), pytest.approx(0, abs=2e-4))
-    assert W.shape == (2, 32, 8) and (W[0] - W[1]).std() > 1e-3  # each its own
+    for W, expected, before in zip(torch.load("out/projections.pt"), plain_W, start_W, strict=True):
+        assert_close(W, expected, before)
+    trained = AutoModel.from_pretrained("out")
+    start = AutoModel.from_pretrained("steady")
+    for name, expected in plain.named_parameters():
+        weights, before = trained.get_parameter(name), start.get_parameter(name)
+        if "pooler" in name:  # it is unused: not even decayed
+            assert torch.equal(weights, before)
+        elif "key.bias" not in name:  # the softmax does not see it: its gradient is rounding
+            assert_close(weights, expected, before)
+    lines, _ = metrics("out")
+    for line, step in zip(lines, steps, strict=True):
+        assert {name: line[name] for name in step} == pytest.approx(step, rel=1e-3, abs=1e-5)
 
 
-def test_algorithm1_an_epoch_has_an_order_of_its_own_and_leaves_out_what_is_incomplete():
-    orders, taken, state = set(), set(), torch.get_rng_state()
-    for seed in (41, 42, 43):  # (42, 1) is not (43, 0)
-        for epoch in range(3):
-            order = talas.batches(53, Settings(batch_size=8, seed=seed), epoch)
-            assert [len(rows) for rows in order] == [8] * 6  # 53 = 6 * 8 + 5
-            orders.add(str(order))
-            taken.add(frozenset(torch.cat(order).tolist()))
-            assert torch.equal(state, torch.get_rng_state())
-    assert len(orders) == len(taken) == 9
-    assert all(len(rows) == 48 and rows < set(range(53)) for rows in taken)
+# -------------------------------------------------------------------- Algorithm 1: what is drawn
+def test_algorithm1_both_passes_of_a_step_draw_the_same_dropout(here):
+    run(rho=0, epochs=1)
+    [line], _ = metrics("out")
+    assert line["sharpness_gap"] == 0  # without a perturbation the passes are the same
 
 
-def test_algorithm1_seed_epoch_and_step_have_dropout_of_their_own_and_the_seed_w(copy, monkeypatch):
-    dropout, W = set(), set()
+def test_new_projections_are_small_and_differ():
+    W, other_W = talas.new_projections(Settings(), tiny.tiny_student(SENTENCES, seed=0), d_T=80)
+    assert W.shape == other_W.shape == (64, 80)
+    assert W.std() == pytest.approx(1e-3, rel=0.05)
+    assert (W - other_W).std() > 1e-3
+
+
+def test_algorithm1_each_epoch_of_each_seed_has_its_own_order():
+    random_state = torch.get_rng_state()
+    orders = []
+    for seed, epoch in product((41, 42, 43), (0, 1, 2)):
+        batches = talas.batches(53, Settings(batch_size=8, seed=seed), epoch)
+        assert [len(rows) for rows in batches] == [8] * 6  # 53 = 6 * 8 + 5
+        orders.append(torch.cat(batches).tolist())
+    for order in orders:
+        assert len(set(order)) == 48 and max(order) < 53
+        assert orders.count(order) == 1
+    assert set(orders[0]) != set(orders[1])  # another five are dropped
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_algorithm1_each_step_of_each_seed_has_its_own_dropout_and_each_seed_its_W(
+    here, monkeypatch
+):
+    random_states = set()
+    first_projections = set()
 
     def look(n, objective):
-        dropout.add(torch.get_rng_state().numpy().tobytes())
-        W.update([objective.projections[0].sum().item()] if n in (1, 7) else [])
+        random_states.add(torch.get_rng_state().numpy().tobytes())
+        if n in (1, 7):
+            first_projections.add(objective.projections[0].sum().item())
 
     before_each_step(look, monkeypatch)
-    for seed in (42, 43):
-        run(*copy, f"--epochs 2 --seed {seed} --output {seed}")
-    assert len(dropout) == 12 and len(W) == 2
+    run(output="a", epochs=2, seed=42)
+    run(output="b", epochs=2, seed=43)
+    assert len(random_states) == 12
+    assert len(first_projections) == 2
 
 
-# --------------------------------------------------------- every setting reaches what it sets
-def test_a_run_can_be_repeated_and_measuring_leaves_no_trace(copy, monkeypatch):
+def test_a_run_can_be_repeated_and_looking_at_it_changes_nothing(here, monkeypatch):
     small_bert("small", num_hidden_layers=1, hidden_size=16, intermediate_size=16)
-    more = "--student small --lambda3 0 --anchored_layers 1 --epochs 2 --batch_size 8 --output"
-    run(*copy, more, "1")
-    torch.rand(7)  # nothing hangs on what was drawn before, or on what is done after an epoch
-    train, seen = talas.train, []
-
-    def watched(s, corpus, objective):
-        train(s, corpus, objective, lambda epoch: (seen.append(epoch), objective.eval()))
-
-    monkeypatch.setattr(talas, "train", watched)
-    run(*copy, more, "2", "--seed 42 --sharpness")
-    assert result("1") == result("2") and seen == [1, 2]
-    assert ["lambda_max" in line for line in metrics("1")[1] + metrics("2")[1]] == [0, 0, 1, 1]
+    settings = {"student": "small", "lambda3": 0, "anchored_layers": 1, "epochs": 2}
+    run(output="plain", **settings)
+    torch.rand(7)  # nothing depends on what was drawn before
+    monkeypatch.setattr(talas, "train", partial(talas.train, keep_epochs="kept"))
+    run(output="watched", sharpness=True, **settings)
+    student, projections, steps, epochs = result("watched")
+    assert result("plain")[:3] == (student, projections, steps)
+    assert [line["lambda_max"] > 0 for line in epochs] == [True, True]
+    assert load_encoder("kept/2").layers == 1
 
 
-def test_the_paper_is_the_default_but_for_tiny(capsys):
-    s = Settings()
-    assert (s.lambda1, s.lambda2, s.lambda3, s.anchored_layers) == (0.001, 0.75, 1, 2)
-    assert (s.lr, s.batch_size, s.epochs, s.optimizer) == (2e-5, 32, 5, "asam")
-    assert (s.temperature, s.rho, s.eta, s.weight_decay) == (0.1, 0.05, 0, 0.01)
-    assert (s.warmup_ratio, s.projection_lr_scale, s.precision) == (0.06, 5, "float32")
-    assert (s.lasd_layers, s.detach_guide, s.pooling, s.max_length) == (0, False, "auto", 256)
-    s = talas.parse_settings(["--epochs", "7"])
-    assert (s.student, s.epochs, s.lr) == ("tiny", 7, tiny.SETTINGS["lr"])
-    assert f"--lr {tiny.SETTINGS['lr']}" in capsys.readouterr().out
-    assert talas.parse_settings(["--student", "somewhere"]) == Settings(student="somewhere")
+# ----------------------------------------------------------- every setting reaches what it sets
+def test_the_defaults_are_the_papers_and_those_of_the_readme():
+    assert asdict(Settings()) == {
+        "teacher": "teacher.pt",
+        "student": "tiny",
+        "output": "student",
+        "overwrite": False,
+        "resume": False,
+        "pooling": "auto",
+        "max_length": 256,
+        "lambda1": 0.001,
+        "lambda2": 0.75,
+        "lambda3": 1.0,
+        "temperature": 0.1,
+        "anchored_layers": 2,
+        "lasd_layers": 0,
+        "detach_guide": False,
+        "optimizer": "asam",
+        "rho": 0.05,
+        "eta": 0.0,
+        "disam_lambda": 0.1,
+        "lr": 2e-5,
+        "projection_lr_scale": 5.0,
+        "weight_decay": 0.01,
+        "warmup_ratio": 0.06,
+        "epochs": 5,
+        "batch_size": 32,
+        "seed": 42,
+        "device": "auto",
+        "precision": "float32",
+        "sharpness": False,
+    }
 
 
-# --------------------------------------------------------------------------- what a run leaves
-def test_a_run_leaves_the_student_its_projections_and_its_record(copy):
-    run(*copy, "--epochs 1 --pooling mean --max_length 12 --output out")
-    out, student = Path("out"), load_encoder("out")
-    assert (student.pooling, student.max_length) == ("mean", 12)
-    configs = [json.loads(Path(x, "config.json").read_text()) for x in ("out", "bert")]
-    assert configs[0] == configs[1]
-    record, (step,), epochs = json.loads((out / "talas.json").read_text()), *metrics(out)
-    assert record["settings"].keys() == set(Settings.__dataclass_fields__)
-    assert [record["settings"][name] for name in ("lr", "pooling")] == [1e-3, "mean"]
-    assert record["teacher"] == "random" and record["corpus"] == fingerprint(SENTENCES)
-    assert record["versions"]["torch"] == torch.__version__
-    terms = {"simcse", "tamd", "lasd", "loss", "sharpness_gap"}
-    assert step.keys() == terms | {"step", "epoch", "lr", "ms_per_step", "memory_mb"}
-    memory = {"mean_mb": step["memory_mb"], "peak_mb": step["memory_mb"], "std_mb": 0}
-    assert record["cost"] == pytest.approx({"ms_per_step": step["ms_per_step"]} | memory)
-    assert epochs == [{"end_of_epoch": 1, "step": 3}]
-    assert (step["memory_mb"] > 50) == Path("/proc/self/statm").exists()
-    left = {path.name for path in out.iterdir()} - {path.name for path in Path("bert").iterdir()}
-    own = {"projections.pt", "talas.json", "metrics.jsonl", "modules.json", "1_Pooling"}
-    own |= {"sentence_bert_config.json", "config_sentence_transformers.json", "README.md"}
-    assert left == own and '"lr": 0.001' in (out / "README.md").read_text()  # a model card
+def test_tiny_has_its_own_settings_unless_they_are_set(capsys):
+    assert talas.parse_settings([]) == Settings(lr=5e-3, epochs=1)
+    assert "--lr 0.005, --epochs 1" in capsys.readouterr().out
+    assert talas.parse_settings(["--epochs", "7"]) == Settings(lr=5e-3, epochs=7)
+    assert talas.parse_settings(["--student", "bert"]) == Settings(student="bert")
 
 
-WEIGHTS = {"sam": (0, 1, 0), "disam": (0, 0, 1), "adamw": (1, 0, 1)}
+def test_the_student_is_loaded_as_its_settings_say(monkeypatch):
+    s = Settings(pooling="mean", max_length=12, device="meta")
+    encoder = talas.load_student(s, SENTENCES)
+    assert encoder.pooling == "mean"
+    assert encoder.max_length == 12
+    assert encoder.model.device.type == "meta"
+    assert talas.new_projections(s, encoder, 8)[0].device.type == "meta"
+    load_encoder = Mock()
+    monkeypatch.setattr(talas, "load_encoder", load_encoder)
+    talas.load_student(replace(s, student="bert"), SENTENCES)
+    load_encoder.assert_called_with("bert", "mean", 12, device=torch.device("meta"))
 
 
-@pytest.mark.parametrize("optimizer, weights", WEIGHTS.items())
-def test_table2_a_term_of_weight_0_is_left_out_of_the_run(copy, corpus, weights, optimizer):
-    """Without TAMD there are no projections, and a corpus will do in place of a teacher."""
-    given = [f"--lambda{i} {weight}" for i, weight in enumerate(weights, 1)]
-    teacher = "teacher.pt" if weights[1] else corpus
-    run(*copy, *given, "--output out --epochs 1 --optimizer", optimizer, "--teacher", teacher)
-    (step,), _ = metrics("out")
-    names = ["simcse", "tamd", "lasd", "sharpness_gap"]
-    assert [name in step for name in names] == [*map(bool, weights), optimizer != "adamw"]
-    assert len(torch.load("out/projections.pt")) == 2 * weights[1]
+def test_the_seed_gives_tiny_its_weights():
+    students = [talas.load_student(Settings(seed=seed), SENTENCES) for seed in (1, 1, 2)]
+    first, same, other = [encoder.model.embeddings.word_embeddings.weight for encoder in students]
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+TERMS = [
+    ({"lambda1": 0, "lambda3": 0, "optimizer": "sam"}, {"tamd", "sharpness_gap"}),
+    ({"lambda1": 0, "lambda2": 0, "optimizer": "disam"}, {"lasd", "sharpness_gap"}),
+    ({"lambda2": 0, "lambda3": 0, "optimizer": "adamw"}, {"simcse"}),
+]
+
+
+@pytest.mark.parametrize("settings, expected", TERMS)
+def test_table2_a_term_of_weight_0_is_not_computed(here, settings, expected):
+    run(epochs=1, **settings)
+    [line], _ = metrics("out")
+    assert line.keys() - {"step", "epoch", "loss", "lr", "ms_per_step", "memory_mb"} == expected
+
+
+def test_without_tamd_a_corpus_does_what_a_cache_does(here):
+    run(output="cache", epochs=1, lambda2=0)
+    run(output="corpus", epochs=1, lambda2=0, teacher="corpus.jsonl")
+    assert result("cache") == result("corpus")
+    assert torch.load("corpus/projections.pt") == []
+    record = json.loads(Path("corpus/talas.json").read_text())
+    assert record["teacher"] is None
+    assert record["corpus"] == fingerprint(SENTENCES)
+
+
+# ------------------------------------------------------------------------------ what a run leaves
+def test_a_run_leaves_the_student_and_its_record(here, capsys):
+    settings = {"epochs": 1, "pooling": "mean", "max_length": 12}
+    run(**settings)
+    assert "sentences are cut after 12 tokens" in capsys.readouterr().out
+    assert load_encoder("out").pooling == "mean"
+    assert load_encoder("out").max_length == 12
     record = json.loads(Path("out/talas.json").read_text())
-    expected = ("random" if weights[1] else None, fingerprint(SENTENCES))
-    assert (record["teacher"], record["corpus"]) == expected
+    assert record["settings"] == asdict(talas.parse_settings(command_line(**settings)))
+    assert record["teacher"] == "random"
+    assert record["corpus"] == fingerprint(SENTENCES)
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["cost"] == runs.cost("out")
+    assert metrics("out")[1] == [{"end_of_epoch": 1, "step": 3}]
+    names = {path.name for path in Path("out").iterdir()}
+    assert not names & {"checkpoint.pt", ".saving"}
 
 
-def test_overwrite_leaves_nothing_that_changes_embeddings(copy, ends_with_one_line):
-    out, flags = small_bert(Path("out"), num_hidden_layers=2), [*copy, "--output out"]
-    names = ("special_tokens_map.json", "adapter_config.json", "mine.txt")
-    put(out, dict.fromkeys(names, b'{"cls_token": "[SEP]"}'))
-    put(out, {"1_Pooling/config.json": {"pooling_mode_mean_tokens": True}})
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    ends_with_one_line(lambda: run(*flags), "exists", "--overwrite")
-    ends_with_one_line(lambda: run(*flags, "--overwrite --anchored_layers 9"), "3 layers")
-    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    run(*flags, "--overwrite")
-    models = [load_encoder(folder) for folder in ("out", "whole")]
-    assert torch.equal(*(encode(e, tokenize(e, SENTENCES), 16) for e in models))
-    ids = [AutoTokenizer.from_pretrained(x)(SENTENCES)["input_ids"] for x in ("out", "whole")]
-    assert ids[0] == ids[1]  # what transformers alone reads
-    assert (out / "mine.txt").exists()  # which is no model's
+def test_the_card_names_base_model_method_task_and_example(tmp_path):
+    path = tmp_path / "README.md"
+    record = {"teacher": "BAAI/bge-m3", "settings": {"lr": 0.1}, "cost": {"ms_per_step": 2.5}}
+    s = Settings(student="google-bert/bert-base-uncased", output="runs/my-student")
+    runs.write_card(path, s, record)
+    card = ModelCard.load(path)
+    assert card.data.base_model == "google-bert/bert-base-uncased"
+    assert card.data.pipeline_tag == "sentence-similarity"
+    assert card.data.library_name == "sentence-transformers"
+    for words in ("`BAAI/bge-m3`", "method is TALAS", '("my-student")', '"lr": 0.1', " 2.5"):
+        assert words in card.text
+    runs.write_card(path, replace(s, student=str(tmp_path)), record)
+    assert ModelCard.load(path).data.base_model is None  # it is a local folder
+
+
+def contents(folder):
+    """{path: bytes} of the files below a folder."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_overwrite_replaces_a_model_and_leaves_other_files(folder, ends_with_one_line):
+    small_bert("out", num_hidden_layers=2)
+    write_files("out", {"special_tokens_map.json": {}, "adapter_config.json": {}, "vocab.txt": "a"})
+    write_files("out", {"README.md": "My own.", "notes.txt": "My notes."})
+    before = contents("out")
+    ends_with_one_line(run, "out exists", "--overwrite")
+    assert contents("out") == before
+    run(overwrite=True)
+    assert result("out") == result("whole")
+    names = {path.name for path in Path("out").iterdir()}
+    assert names - {path.name for path in Path("whole").iterdir()} == {"notes.txt"}
+    assert Path("out/README.md").read_text() == "My own."
 
 
 # ------------------------------------------------------------------------------ Table 3: the cost
 def test_table3_time_and_memory_by_hand(tmp_path):
-    """Twenty lines: the median time without the first tenth; the mean, peak, spread of memory."""
-    times = [900, 800, 4, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]
-    sizes = [50, 10] + [10, 30] * 9
-    lines = [{"step": 1, "ms_per_step": ms, "memory_mb": mb} for ms, mb in zip(times, sizes)]
-    lines.insert(5, {"step": 1, "end_of_epoch": 1, "lambda_max": 0.5})
-    put(tmp_path, {"metrics.jsonl": lines})
-    deviation = math.sqrt((10 * 11**2 + 9 * 9**2 + 29**2) / 20)  # from a mean of 21
-    expected = {"ms_per_step": 9.5, "mean_mb": 21, "peak_mb": 50, "std_mb": deviation}
-    assert runs.cost(tmp_path) == pytest.approx(expected)
+    """The median time without the first tenth; the mean, the peak and the spread of memory."""
+    times = [900, 800, *range(1, 19)]
+    memory = [10, 30] * 10
+    lines = [{"ms_per_step": ms, "memory_mb": mb} for ms, mb in zip(times, memory)]
+    lines.insert(5, {"step": 1, "end_of_epoch": 1})
+    write_files(tmp_path, {"metrics.jsonl": lines})
+    cost = {"ms_per_step": 9.5, "mean_mb": 20, "peak_mb": 30, "std_mb": 10}
+    assert runs.cost(tmp_path) == cost
 
 
-def test_table3_a_line_is_of_its_own_steps(tmp_path, monkeypatch, ends_with_one_line):
-    """On a machine whose clock and memory are made up: 5 ms a step; 9 s, 7 GB between epochs."""
-    now, peak, there = [100.0], [9000], torch.accelerator
-    monkeypatch.setattr(runs.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(there, "max_memory_allocated", lambda device: peak[0] * 2**20)
-    monkeypatch.setattr(there, "reset_peak_memory_stats", lambda device: peak.__setitem__(0, 0))
-    model, part = torch.nn.Linear(1, 1), SimpleNamespace(state_dict=dict)
-    model.model = SimpleNamespace(device=SimpleNamespace(type="cuda"))
-    s, corpus = Settings(output=str(tmp_path), epochs=2), SimpleNamespace(identity=str)
-    process = runs.Run(s, corpus, model, 15)
-
-    def steps(*losses):
-        for i, loss in enumerate(losses):
-            now[0], peak[0] = now[0] + 0.005, max(peak[0], 20 + i)
-            process.step({"loss": torch.tensor(loss)}, 0.1)
-
-    for epoch in process.start_from(part, part):
-        process.begin_epoch(epoch)
-        steps(*[1.0] * 15)
-        now[0], peak[0] = now[0] + 9, 7000
-        process.end_epoch({})
-    found = [[x["step"], x["ms_per_step"], x["memory_mb"]] for x in metrics(tmp_path)[0]]
-    expected = [[10, 5, 29], [15, 5, 34], [20, 5, 24], [30, 5, 34]]
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected).float())
-    ends_with_one_line(lambda: steps(*[1.0] * 6, math.inf, *[1.0] * 3), "step 37: loss is not")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_table3_memory_is_in_megabytes():
+    status = Path("/proc/self/status").read_text()
+    kilobytes = int(status.split("RssAnon:")[1].split()[0])
+    assert runs.memory_mb(torch.device("cpu")) == pytest.approx(kilobytes / 1024, rel=0.05)
 
 
-# ------------------------------------------------------------------------------- interruptions
-def kill_in_a_checkpoint():
-    """The system ends the process when it writes a file longer than 100 kB."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+class FakeMachine:
+    """A clock, and the peak of an accelerator's memory."""
+
+    now, peak = 100.0, 9000
+
+    def perf_counter(self):
+        return self.now
+
+    def memory_mb(self, device):
+        """The peak since the last call."""
+        peak, self.peak = self.peak, 0
+        return peak
+
+
+def test_table3_a_line_covers_its_own_steps(tmp_path, monkeypatch):
+    """Two epochs of 15 steps of 5 ms; between them 9 s and 7 GB, which are of no step."""
+    machine = FakeMachine()
+    monkeypatch.setattr(runs.time, "perf_counter", machine.perf_counter)
+    monkeypatch.setattr(runs, "memory_mb", machine.memory_mb)
+    log = runs.Log(Settings(output=str(tmp_path), epochs=2), 15, 0, torch.device("cpu"))
+    for epoch, step in product(range(2), range(15)):
+        if step == 0:
+            machine.now += 9
+            machine.peak = 7000
+            log.begin_epoch()
+        machine.now += 0.005
+        machine.peak = max(machine.peak, step)
+        log.step({"loss": torch.tensor(float(step))}, lr=epoch)
+    lines, _ = metrics(tmp_path)
+    assert [line["step"] for line in lines] == [10, 15, 20, 30]  # each tenth, an epoch's last
+    assert [line["epoch"] for line in lines] == [1, 1, 2, 2]
+    assert [line["loss"] for line in lines] == [4.5, 12, 2, 9.5]  # means
+    assert [line["lr"] for line in lines] == [0, 0, 1, 1]
+    assert [line["ms_per_step"] for line in lines] == pytest.approx([5, 5, 5, 5])
+    assert [line["memory_mb"] for line in lines] == [9, 14, 4, 14]  # peaks
+
+
+# ---------------------------------------------------------------------------------- interruptions
+def kill(*arguments):
+    signal.raise_signal(signal.SIGKILL)
+
+
+def press_ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+def limit_file_size():
+    """From here on, writing more than 100 kB to a file fails, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
+def kill_before_the_log():
+    runs.Log.end_epoch = kill
+
+
+def kill_before_an_epoch_is_kept():
+    talas.save_student = kill
+
+
+def kill_before_the_checkpoint():
+    runs.Checkpoint.save = kill
+
+
+def kill_in_a_large_file():
+    """The system kills the process that writes more than 100 kB to a file."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    limit_file_size()
+
+
 def kill_in_the_last_save():
-    """When the first of the student's files has taken its place."""
-    move = os.replace
-    in_place = lambda path: ".saving" not in str(path)  # noqa: E731
-    os.replace = lambda a, b: (move(a, b), in_place(b) and not in_place(a) and kill())
+    """When the first file of the student has moved to its place."""
+    move_file = os.replace
+
+    def move_and_kill(source, target):
+        move_file(source, target)
+        if ".saving" in str(source) and ".saving" not in str(target):
+            kill()
+
+    os.replace = move_and_kill
 
 
-def declare(student):
-    """Sentence-transformers' files, which say what is true of this student without them."""
-    for file in ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json"):
-        put(student, {file: Path("whole", file).read_bytes()})
+def before_step(number, action):
+    """From here on in this process, an action comes before that step; of two, in the first."""
+
+    def act(n, objective):
+        if n == number and runs.rank() == 0:
+            action()
+
+    before_each_step(act)
 
 
-kill, interrupt = (partial(signal.raise_signal, s) for s in (signal.SIGKILL, signal.SIGINT))
-ENDS = [(5, kill, -9), (6, kill_in_a_checkpoint, -25), (9, kill_in_the_last_save, -9)]
+KILLED, KILLED_BY_LIMIT = -signal.SIGKILL, -signal.SIGXFSZ
+INTERRUPTIONS = [
+    pytest.param(2, press_ctrl_c, 2, id="Ctrl-C in the first epoch"),
+    pytest.param(5, press_ctrl_c, 2, id="Ctrl-C in the second epoch"),
+    pytest.param(5, kill, KILLED, id="in a step"),
+    pytest.param(6, kill_before_the_log, KILLED, id="before the log"),
+    pytest.param(6, kill_before_an_epoch_is_kept, KILLED, id="before an epoch is kept"),
+    pytest.param(6, kill_before_the_checkpoint, KILLED, id="between log and checkpoint"),
+    pytest.param(6, kill_in_a_large_file, KILLED_BY_LIMIT, id="in a checkpoint"),
+    pytest.param(9, kill_in_the_last_save, KILLED, id="in the last save"),
+]
 
 
-@pytest.mark.parametrize("number, do, code", [*ENDS, (5, interrupt, 2)])
-def test_a_resumed_run_ends_as_one_that_nothing_interrupted(copy, number, do, code):
-    """The student may stand elsewhere when it is resumed."""
-    flags = [*copy, "--output out"]
-    assert in_a_process(lambda: (at_step(number, do), run(*flags))) == code
-    assert Path("out/checkpoint.pt").exists() and not Path("out/talas.json").exists()
-    os.rename("bert", "other")
-    declare("other")
-    run(*flags, "--resume --student ./other")
+@pytest.mark.parametrize("step, interrupt, exit_code", INTERRUPTIONS)
+def test_a_resumed_run_ends_as_one_that_nothing_interrupted(
+    folder, monkeypatch, step, interrupt, exit_code
+):
+    """The student may be elsewhere when the run is resumed."""
+    monkeypatch.setattr(talas, "train", partial(talas.train, keep_epochs="kept"))
+
+    def interrupted_run():
+        before_step(step, interrupt)
+        run()
+
+    assert in_a_process(interrupted_run) == exit_code
+    assert not Path("out/talas.json").exists()
+    os.rename("bert", "moved")
+    run(resume=True, student="moved")
     assert result("out") == result("whole")
-    names = [sorted(path.relative_to(o) for path in Path(o).rglob("*")) for o in ("out", "whole")]
-    assert names[0] == names[1]
+    assert sorted(os.listdir("out")) == sorted(os.listdir("whole"))
+    assert sorted(os.listdir("kept")) == ["1", "2", "3"]
+    kept_student = Path("kept/3/model.safetensors").read_bytes()
+    assert kept_student == Path("whole/model.safetensors").read_bytes()
 
 
-def another(key, change):
-    """To write the cache with something else under that key."""
+def test_a_run_killed_in_its_first_save_can_be_resumed_or_overwritten(folder):
+    """It overwrites an earlier run."""
+    run(seed=1, epochs=1)
 
-    def write(path):
-        cache = torch.load(path)
-        cache[key] = change(cache[key])
-        torch.save(cache | {"fingerprint": fingerprint(cache["sentences"])}, path)
+    def killed_run():
+        before_step(3, kill_in_a_large_file)
+        run(overwrite=True)
 
-    return write
-
-
-MEAN = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
-CHANGES = [
-    {"teacher.pt": another("embeddings", lambda E: E.flip(0))},
-    {"teacher.pt": another("sources", lambda names: names[1:] + ["a"])},
-    {"teacher.pt": another("sentences", lambda texts: texts[::-1])},
-    {"bert/config.json": {"hidden_dropout_prob": 0.2}},
-    {"bert/config.json": {"hidden_act": "relu"}},
-    {"bert/sentence_bert_config.json": {"max_seq_length": 33}},
-    {"bert/sentence_bert_config.json": {"do_lower_case": True}},
-    {"bert/1_Pooling/config.json": MEAN},
-    {"bert/tokenizer.json": lambda p: p.write_text(p.read_text().replace('"##k"', '"##K"'))},
-]  # of which no sentence has the last
+    assert in_a_process(killed_run) == KILLED_BY_LIMIT
+    shutil.copytree("out", "again")
+    run(resume=True)
+    run(overwrite=True, output="again")
+    assert result("out") == result("again") == result("whole")
+    assert '"seed": 42' in Path("out/README.md").read_text()
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_run_with_another_student_or_corpus_is_not_resumed(copy, change, ends_with_one_line):
-    declare("bert")
-    put(".", change)
-    ends_with_one_line(lambda: run(*copy, "--output cut --resume"), "--resume", "student or corpus")
+def test_a_disk_that_is_full_at_the_end_keeps_the_checkpoint(folder, monkeypatch):
+    finish = talas.finish
+
+    def finish_on_a_full_disk(*arguments):
+        limit_file_size()
+        finish(*arguments)
+
+    monkeypatch.setattr(talas, "finish", finish_on_a_full_disk)
+    assert in_a_process(run) == 2
+    monkeypatch.setattr(talas, "finish", finish)
+    run(resume=True)
+    assert result("out") == result("whole")
 
 
-def test_a_run_with_another_setting_is_not_resumed(copy, ends_with_one_line):
-    s = talas.parse_settings(words(*copy, "--output cut --resume"))
-    student, before = load_encoder("bert"), Path("cut/checkpoint.pt").read_bytes()
-    corpus = Corpus(load_cache("teacher.pt"), student)
-    objective = talas.Objective(student, talas.new_projections(s, student, 8), s)
-    names = ["resume", "overwrite", "output", "device", "teacher", "student"]  # not their content
-    for name, was in asdict(s).items():
-        now = was + "x" if type(was) is str else was + 1
-        other, line = replace(s, **{name: now}), f"--{name}: it was {was}, now it is {now}"
-        if name not in names:
-            ends_with_one_line(partial(talas.train, other, corpus, objective), line)
-    assert Path("cut/checkpoint.pt").read_bytes() == before
+def test_a_full_temporary_folder_does_not_matter(here, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "missing")
+    run(epochs=1)
+    assert Path("out/talas.json").exists()
 
 
-def test_an_interrupted_run_is_no_model_and_is_not_lost_by_mistake(copy, ends_with_one_line):
-    ends_with_one_line(lambda: run(*copy, "--output cut"), "interrupted run", "--resume")
-    ends_with_one_line(lambda: load_encoder("cut"), "interrupted run", "--resume")
+OTHER_FILES = [
+    {"config.json": {"hidden_dropout_prob": 0.2}},
+    {"config.json": {"hidden_act": "relu"}},
+    {"sentence_bert_config.json": {"max_seq_length": 33}},
+    {"1_Pooling/config.json": {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}},
+    {"tokenizer.json": {"decoder": None}},
+]
+
+
+@pytest.mark.parametrize("files", OTHER_FILES)
+def test_a_run_with_another_student_is_not_resumed(folder, files, ends_with_one_line):
+    for name in ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json"):
+        write_files("bert", {name: Path("whole", name).read_bytes()})
+    write_files("bert", files)
+    ends_with_one_line(partial(run, output="cut", resume=True), "another student or corpus")
+
+
+OTHER_CACHES = [
+    {"sentences": SENTENCES[::-1], "fingerprint": fingerprint(SENTENCES[::-1])},
+    {"sources": ["b"] * 48},
+    {"embeddings": torch.ones(48, 8)},
+]
+
+
+@pytest.mark.parametrize("values", OTHER_CACHES)
+def test_a_run_with_another_corpus_is_not_resumed(folder, values, ends_with_one_line):
+    torch.save(torch.load("teacher.pt") | values, "teacher.pt")
+    ends_with_one_line(partial(run, output="cut", resume=True), "another student or corpus")
+
+
+def test_a_run_with_another_setting_is_not_resumed(folder, ends_with_one_line):
+    s = talas.parse_settings(command_line(output="cut", resume=True))
+    corpus = Corpus(load_cache("teacher.pt"), load_encoder("bert"))
+    for name, value in asdict(s).items():
+        if name in ("resume", "overwrite", "output", "device", "teacher", "student"):
+            continue
+        other = replace(s, **{name: "other"})
+        checkpoint = runs.Checkpoint(other, corpus, None, None, None)
+        line = f"--{name}: it was {value}, now it is other"
+        ends_with_one_line(checkpoint.start_or_resume, line)
+
+
+def test_an_interrupted_run_is_no_model_and_is_not_lost_by_mistake(folder, ends_with_one_line):
+    ends_with_one_line(partial(run, output="cut"), "interrupted run", "--resume")
+    ends_with_one_line(partial(load_encoder, "cut"), "interrupted run", "--resume")
     content = bytearray(Path("cut/checkpoint.pt").read_bytes())
     content[len(content) // 2] ^= 1
-    put("cut", {"checkpoint.pt": content})
-    ends_with_one_line(lambda: run(*copy, "--output cut --resume"), "checkpoint.pt", "damaged")
-    run(*copy, "--output cut --overwrite")  # from the beginning
-    assert result("cut") == result("whole")
-    torch.save({"model": 1}, "bert/checkpoint.pt")  # another program's, without our log
+    Path("cut/checkpoint.pt").write_bytes(content)
+    ends_with_one_line(partial(run, output="cut", resume=True), "checkpoint.pt", "damaged")
+    torch.save({"model": 1}, "bert/checkpoint.pt")  # another program's, without metrics.jsonl
     assert load_encoder("bert").layers == 3
 
 
-@pytest.mark.parametrize("damage", ['{"step": 3}\n{"st\n[[1]]\nnull\n3\n\0\n', None])
-def test_a_run_does_not_depend_on_its_log(copy, damage):
-    """metrics.jsonl written over or deleted before --resume."""
-    put("cut", {"metrics.jsonl": damage})
-    run(*copy, "--output cut --resume")
-    assert result("cut")[:2] == result("whole")[:2]
-    assert [line["step"] for line in metrics("cut")[0]][-2:] == [6, 9]
-    assert math.isfinite(json.loads(Path("cut/talas.json").read_text())["cost"]["mean_mb"])
+def test_a_line_of_the_log_that_was_cut_off_is_skipped(tmp_path):
+    write_files(tmp_path, {"metrics.jsonl": '{"step": 3}\n{"step": 6, "lo'})
+    assert runs.read_metrics(tmp_path) == [{"step": 3}]
 
 
-# ------------------------------------------------------------------------------- two processes
-def test_two_processes_are_one_with_their_batches_together(copy):
-    """Without dropout, and with Eq. 3 alone, which compares no sentences.
-
-    Their weights agree to the bit; a random number drawn in a step is of each one's own.
-    """
-    small_bert("sure", **NO_DROPOUT)
-    flags = [*copy, "--student sure --lambda1 0 --lambda3 0 --output"]
+# ---------------------------------------------------------------------------------- two processes
+def test_two_processes_are_one_with_their_batches_together(here):
+    """Without dropout, and with Eq. 3 alone, which compares no sentences."""
+    small_bert("steady", **NO_DROPOUT)
+    settings = {"student": "steady", "lambda1": 0, "lambda3": 0}
 
     def look(n, objective):
-        total = sum(p.double().sum() for p in objective.parameters()).item()
-        with open(f"seen{runs.rank()}", "a") as file:
-            print(json.dumps([torch.rand(()).item(), total]), file=file)
+        """The sum of the weights, and a random number."""
+        weights = sum(p.double().sum().item() for p in objective.parameters())
+        with open(f"rank{runs.rank()}.jsonl", "a") as file:
+            print(json.dumps({"weights": weights, "drawn": torch.rand(()).item()}), file=file)
 
-    def train():
+    def one_of_two():
         before_each_step(look)
-        run(*flags, "two --batch_size 9")  # five batches, of which each process takes two
+        run(output="two", batch_size=9, **settings)  # five batches, of which each takes two
 
-    run(*flags, "one --batch_size 18")
-    assert in_two_processes(train) == [0, 0]
-    ranks = [[json.loads(line) for line in open(f"seen{rank}")] for rank in (0, 1)]
-    assert [total for _, total in ranks[0]] == [total for _, total in ranks[1]]
-    assert len({drawn for rank in ranks for drawn, _ in rank}) == 12
-    for line, same in zip(metrics("two")[0], metrics("one")[0], strict=True):  # means over both
-        found, expected = ([x[k] for k in ("step", "loss", "sharpness_gap")] for x in (line, same))
-        assert found == pytest.approx(expected, rel=1e-3)
-
-
-def test_two_processes_resume_as_two(copy, ends_with_one_line):
-    flags = [*copy, "--epochs 2 --batch_size 8 --output"]
-    assert in_two_processes(lambda: run(*flags, "both")) == [0, 0]
-    assert in_two_processes(lambda: run(*flags, "both")) == [2, 2]  # it is there: a line of each
-    codes = in_two_processes(lambda: (at_step(5, kill), run(*flags, "out")))
-    assert codes[0] == -9 and codes[1]  # torchrun ends the other one, too
-    ends_with_one_line(lambda: run(*flags, "out --resume"), "number of processes")
-    assert in_two_processes(lambda: run(*flags, "out --resume")) == [0, 0]
-    assert result("out") == result("both")
+    run(output="one", batch_size=18, **settings)
+    assert in_two_processes(one_of_two) == [0, 0]
+    first, second = read_table("rank0.jsonl"), read_table("rank1.jsonl")
+    assert [row["weights"] for row in first] == [row["weights"] for row in second]
+    assert len({row["drawn"] for row in first + second}) == 12
+    for two, one in zip(metrics("two")[0], metrics("one")[0], strict=True):
+        for name in ("step", "loss", "sharpness_gap"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3)
 
 
-# ------------------------------------------------------------------------------------ mistakes
-MISTAKES = {flags: flags for flags in ("--epochs 0", "--lr nan", "--rho -0.1", "--warmup_ratio 2")}
-MISTAKES |= {
-    "--batch_size 49": "--batch_size 49: the corpus has only 48",
-    "--batch_size 1": "--batch_size 1: Eqs. 5 and 6",
-    "--anchored_layers 4": "--anchored_layers 4: bert has 3 layers",
-    "--lasd_layers 1": "--lasd_layers 1: Eq. 5 chains two",
-    "--lasd_layers 4": "--lasd_layers 4: Eq. 5 chains two or more of bert's 3 layers",
-    "--lambda1 0 --lambda2 0 --lambda3 0": "all 0",
-    "--resume": "out has no checkpoint",
-    "--lr 1e18": "step 2: simcse is not finite; try a lower --lr or --rho",
-    "--rho 1e18": "step 1: sharpness_gap is not finite; try a lower --lr or --rho",
-    "--lr 9e18 --weight_decay 9e18 --projection_lr_scale 1e9 --batch_size 48": "epoch 1",
-}
+def test_two_processes_resume_as_two(here, ends_with_one_line):
+    """Each has one step an epoch."""
+
+    def whole_run():
+        run(output="whole", batch_size=24)
+
+    def killed_run():
+        before_step(3, kill)
+        run(batch_size=24)
+
+    def resumed_run():
+        run(batch_size=24, resume=True)
+
+    def too_large_run():
+        run(output="large", batch_size=25)
+
+    assert in_two_processes(whole_run) == [0, 0]
+    assert in_two_processes(whole_run) == [2, 2]  # it exists
+    assert in_two_processes(too_large_run) == [2, 2]  # 48 sentences are too few
+    assert in_two_processes(killed_run)[0] == KILLED
+    ends_with_one_line(partial(run, batch_size=24, resume=True), "number of processes")
+    assert in_two_processes(resumed_run) == [0, 0]
+    assert result("out") == result("whole")
 
 
-@pytest.mark.parametrize("flags", MISTAKES)
-def test_a_mistake_in_a_setting_is_one_line(copy, flags, ends_with_one_line):
-    """And leaves nothing, or the last state whose weights are finite."""
-    call = partial(run, *copy, "--warmup_ratio 0 --output out", flags)
-    ends_with_one_line(call, MISTAKES[flags])
-    left = [path.name for path in Path("out").glob("*")]
-    assert sorted(left) in ([], ["checkpoint.pt", "metrics.jsonl"])
-    for W in torch.load("out/checkpoint.pt")["states"]["weights"].values() if left else []:
-        assert W.isfinite().all()
+# --------------------------------------------------------------------------------------- mistakes
+MISTAKES = [
+    ({"warmup_ratio": 2}, "--warmup_ratio 2.0: it is a fraction"),
+    ({"lambda1": 0, "lambda2": 0, "lambda3": 0}, "all 0"),
+    ({"batch_size": 1}, "--batch_size 1: Eqs. 5 and 6"),
+    ({"batch_size": 49}, "--batch_size 49: the corpus has only 48"),
+    ({"anchored_layers": 4}, "--anchored_layers 4: bert has 3 layers"),
+    ({"lasd_layers": 1}, "--lasd_layers 1: Eq. 5 chains two"),
+    ({"lasd_layers": 4}, "--lasd_layers 4: Eq. 5 chains two or more of bert's 3"),
+    ({"device": "abacus"}, "--device abacus"),
+    ({"resume": True}, "--resume: out holds no run"),
+    ({"resume": True, "output": "whole"}, "whole is a finished run"),
+    ({"overwrite": True, "output": "bert"}, "--output bert is the --student itself"),
+    ({"output": "bert/config.json"}, "--output bert/config.json is a file"),
+]
 
 
-ABOVE_0 = "temperature anchored_layers lr projection_lr_scale epochs batch_size max_length "
-ABOVE_0 += "projection_epochs student_temperature teacher_temperature"  # the baselines'
+@pytest.mark.parametrize("settings, message", MISTAKES)
+def test_a_mistake_is_one_line_and_changes_nothing(folder, settings, message, ends_with_one_line):
+    before = contents(".")
+    ends_with_one_line(partial(run, **settings), message)
+    assert contents(".") == before
 
 
-@pytest.mark.parametrize("s", [Settings(), baselines.Settings()], ids=["talas", "baselines"])
-def test_which_settings_may_be_0(s, ends_with_one_line):
-    numbers = [field.name for field in fields(s) if field.init and field.type in (int, float)]
-    for name in numbers:
-        above = name in ABOVE_0.split()
-        for wrong in [0, -1, math.nan] if above else [-1, math.nan]:
-            line = f"--{name} {wrong}: it must be {'above' if above else 'at least'} 0"
-            ends_with_one_line(partial(runs.check_settings, replace(s, **{name: wrong})), line)
-        if not above:
-            runs.check_settings(replace(s, **{name: 0}))
+DIVERGING = [
+    ({"lr": 1e18}, "step 2: simcse is not finite; try a lower --lr or --rho"),
+    ({"rho": 1e18}, "step 1: sharpness_gap is not finite; try a lower --lr or --rho"),
+    ({"lr": 1e38, "batch_size": 48}, "epoch 1 left weights that are not finite"),
+]
 
 
-def test_without_tamd_a_corpus_does_what_the_cache_does(copy):
-    rows = [{"text": text} for text in load_cache("teacher.pt")["sentences"]]
-    put(".", {"c.jsonl": rows})
-    for teacher, output in (("teacher.pt", "a"), ("c.jsonl", "b")):
-        run(*copy, "--lambda2 0 --epochs 1 --teacher", teacher, "--output", output)
-        assert json.loads(Path(output, "talas.json").read_text())["teacher"] is None
-    assert result("a") == result("b")
+@pytest.mark.parametrize("settings, message", DIVERGING)
+def test_a_run_that_diverges_is_one_line_and_leaves_no_checkpoint(
+    here, settings, message, ends_with_one_line
+):
+    ends_with_one_line(partial(run, warmup_ratio=0, **settings), message)
+    assert [path.name for path in Path("out").iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_student_without_dropout_is_told_of_where_simcse_needs_it(copy, capsys):
-    small_bert("sure", **NO_DROPOUT)
-    for flags, said in (("sure", True), ("sure --lambda1 0", False), ("bert", False)):
-        run(*copy, "--epochs 1 --overwrite --output out --student", flags)
-        assert ("no dropout" in capsys.readouterr().out) == said
+NOT_0 = ["temperature", "anchored_layers", "lr", "projection_lr_scale", "epochs", "batch_size"]
 
 
-# ------------------------------------------------------------------------------------ the demo
-def test_tiny_and_its_training_are_the_same_in_every_process(copy):
-    """Random weights, a vocabulary of the sentences' own: nothing hangs on an order of hashes."""
-    flags = ["--teacher", "teacher.pt", "--batch_size", "16", "--output"]
-    run(*flags, "here")
+@pytest.mark.parametrize("name", [*NOT_0, "max_length"])
+def test_a_setting_that_must_be_above_0(name, ends_with_one_line):
+    for wrong in (0, math.nan):
+        settings = replace(Settings(), **{name: wrong})
+        line = f"--{name} {wrong}: it must be above 0"
+        ends_with_one_line(partial(runs.check_settings, settings), line)
+
+
+@pytest.mark.parametrize("name", ["rho", "eta", "weight_decay", "warmup_ratio", "disam_lambda"])
+def test_a_setting_that_may_be_0(name, ends_with_one_line):
+    runs.check_settings(replace(Settings(), **{name: 0}))
+    settings = replace(Settings(), **{name: -0.1})
+    ends_with_one_line(
+        partial(runs.check_settings, settings), f"--{name} -0.1: it must be at least"
+    )
+
+
+# --------------------------------------------------------------------------------------- the demo
+def test_the_demos_training_is_the_same_in_every_process(cache, tmp_path, monkeypatch):
+    """The command of the README. Nothing depends on the order of hashes."""
+    monkeypatch.chdir(tmp_path)
+    talas.main([])
+    os.rename("student", "first")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1"}
-    command = [sys.executable, ROOT / "talas.py", *flags, "there"]
+    command = [sys.executable, ROOT / "talas.py"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert done.stdout.endswith("student saved to there\n")
-    assert result("there") == result("here")
+    assert done.stdout.endswith("student saved to student\n")
+    assert result("student") == result("first")
