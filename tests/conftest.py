@@ -20,11 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest
 import torch
-from helpers import *  # noqa: F403 - until no test takes them from here
-from helpers import SENTENCES, SOURCES, random_rows, small_bert, small_cache, write_files
+from helpers import SENTENCES, SOURCES, small_bert, small_cache, write_files
 
-put = write_files
-rows = random_rows
 torch.set_num_threads(1)  # a forked process has one; with as many the bits are equal
 
 
@@ -77,53 +74,3 @@ def ends_with_one_line(capsys):
         return error
 
     return check
-
-
-def cosines(a, b):
-    """Of each row of (n, d) with each row of (m, d): (n, m)."""
-    return a @ b.T / a.norm(dim=1)[:, None] / b.norm(dim=1)
-
-
-def plain_tamd(layers, projections, teacher):
-    """Eq. 3."""
-    pairs = zip(layers, projections, strict=True)
-    return torch.stack([1 - cosines(E @ W, teacher).diag() for E, W in pairs]).mean()
-
-
-def plain_lasd(layers, detach_guide=False):
-    """Eqs. 4-5."""
-    R = [cosines(E, E) for E in layers]
-    guides = [r.detach() if detach_guide else r for r in R[1:]]
-    return sum(((up - low) ** 2).sum() / len(low) ** 2 for up, low in zip(guides, R)) / len(guides)
-
-
-def plain_simcse(z, z_prime, tau):
-    """Eq. 6."""
-    likeness = torch.exp(cosines(z, z_prime) / tau)
-    return -torch.log(likeness.diag() / likeness.sum(1)).mean()
-
-
-def plain_total(layers, projections, teacher, s):
-    """Eq. 7 and its terms, of all L of (2, N, d_S): both views for SimCSE, the first for others."""
-    first = [E[0] for E in layers]
-    terms = {
-        "simcse": plain_simcse(*layers[-1], s.temperature),
-        "tamd": plain_tamd(first[len(first) - len(projections) :], projections, teacher),
-        "lasd": plain_lasd(first[-s.lasd_layers :], s.detach_guide),  # 0: all
-    }
-    weights = s.lambda1, s.lambda2, s.lambda3
-    return sum(weight * term for weight, term in zip(weights, terms.values())), terms
-
-
-def plain_perturbed(w, gradient, loss, rho, eta):
-    """Eqs. 2 and 9: the gradient of loss() at w + ε̂, and the loss there; w stays. eta None: SAM."""
-    saved = [p.detach().clone() for p in w]
-    T = [torch.ones_like(p) if eta is None else p.abs() + eta for p in saved]
-    norm = torch.sqrt(sum(((t * g) ** 2).sum() for t, g in zip(T, gradient)))
-    for p, t, g in zip(w, T, gradient):
-        p.data += rho * t**2 * g / norm
-    perturbed = loss()
-    gradient = torch.autograd.grad(perturbed, w)
-    for p, before in zip(w, saved):
-        p.data = before
-    return gradient, perturbed
