@@ -43,17 +43,13 @@ def random_rows(*shape, seed=0, dtype=torch.float64):
 def write_files(folder, files):
     """Write {name: content}: bytes, text, the rows of a .jsonl, JSON. Returns the folder.
 
-    A dict changes the keys of a JSON file that exists. A function of the path writes the file
-    itself. None deletes the file.
+    A dict changes the keys of a JSON file that exists. None deletes the file.
     """
     for name, content in files.items():
         path = Path(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         if content is None:
             path.unlink()
-            continue
-        if callable(content):
-            content(path)
             continue
         if isinstance(content, dict) and path.exists():
             content = json.loads(path.read_text()) | content
@@ -123,13 +119,13 @@ def tokenize_alone(folder, texts=TEXTS):
     return tokenizer.encode_batch(list(texts))
 
 
-def own_ids(folder, texts=TEXTS):
-    """Token ids by tokenizer.json alone."""
+def ids_alone(folder, texts=TEXTS):
+    """Token ids as tokenizer.json gives them: no padding, no truncation."""
     return [encoding.ids for encoding in tokenize_alone(folder, texts)]
 
 
 @torch.no_grad()
-def alone(folder, pooling, texts=TEXTS, layer=-1):
+def embed_alone(folder, pooling, texts=TEXTS, layer=-1):
     """Embeddings by transformers, one sentence at a time: no padding, no mask, no batch."""
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     embeddings = []

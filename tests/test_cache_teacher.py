@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SENTENCES, SOURCES, alone, in_a_process, random_rows, write_files
+from helpers import SENTENCES, SOURCES, embed_alone, in_a_process, random_rows, write_files
 from safetensors.torch import load_file, save_file
 
 import cache_teacher
@@ -49,7 +49,7 @@ def test_the_cache_has_what_the_model_gives(pooling, dtype, here):
     assert cache["sources"] == SOURCES
     assert [cache["teacher"], cache["pooling"], cache["max_length"]] == ["bert", pooling, 256]
     assert cache["embeddings"].dtype == (torch.float16 if dtype == "float16" else torch.float32)
-    expected = alone("bert", pooling, SENTENCES)
+    expected = embed_alone("bert", pooling, SENTENCES)
     error = (cache["embeddings"].float() - expected).norm() / expected.norm()
     if dtype == "float32":
         assert error < 1e-6
@@ -182,7 +182,7 @@ def test_each_sentence_keeps_its_source_and_its_row(teacher, gaps, capsys):
     if teacher == "lsa":
         expected = fit_lsa([A, B, "?!", C, D, E]).transform(texts)
     elif teacher == "bert":
-        expected = alone("bert", "cls", texts)
+        expected = embed_alone("bert", "cls", texts)
     torch.testing.assert_close(cache["embeddings"], torch.as_tensor(expected).float())
 
 

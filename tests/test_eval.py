@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SENTENCES, alone, write_files
+from helpers import ROOT, SENTENCES, embed_alone, write_files
 from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, f1_score
@@ -132,7 +132,7 @@ def test_scores_equal_an_independent_path(kind, folder, bert, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "| model | stsb* | b-topics | a-pairs | Avg-In* | Avg-Out | Avg |" in printed
     for name, pooling in {"bert": "mean", "./bert": "cls"}.items():
-        x = alone("bert", pooling, SENTENCES)
+        x = embed_alone("bert", pooling, SENTENCES)
         cosines = torch.cosine_similarity(x[:40], x[OTHERS]).numpy()
         classifier = LogisticRegression(max_iter=1000).fit(x[::2], TOPICS[::2])
         stsb = 100 * spearmanr(cosines, SCORES).statistic

@@ -12,7 +12,7 @@ import httpx2
 import numpy as np
 import pytest
 import torch
-from helpers import SENTENCES, TEXTS, alone, own_ids, write_files
+from helpers import SENTENCES, TEXTS, embed_alone, ids_alone, write_files
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from safetensors.torch import load_file, save_file
@@ -200,15 +200,15 @@ def test_a_model_is_read_as_meant_and_saved_as_trained(kind, tmp_path, capsys):
     assert encoder.pooling == kind.pooling
     assert f"{kind.pooling} pooling, it is a" in capsys.readouterr().out
     assert encoder.widths == (32, 32)
-    assert token_ids(encoder) == own_ids(folder)
-    expected = alone(folder, kind.pooling)
+    assert token_ids(encoder) == ids_alone(folder)
+    expected = embed_alone(folder, kind.pooling)
     assert_same_vectors(embed(encoder), expected)
 
     dry_run(encoder, small_corpus(encoder), tmp_path / "student", two_views=False)
     rows = torch.arange(10).repeat(2)  # more than a piece of a batch
     tokens = pad(tokenize(encoder, TEXTS), rows, encoder.model.eval())
     first, last = pooled_layers(encoder, tokens)
-    assert_same_vectors(first[10:], alone(folder, kind.pooling, layer=1))
+    assert_same_vectors(first[10:], embed_alone(folder, kind.pooling, layer=1))
     assert_same_vectors(last[10:], expected)
 
     saved = tmp_path / "saved"
@@ -216,10 +216,10 @@ def test_a_model_is_read_as_meant_and_saved_as_trained(kind, tmp_path, capsys):
     again = load_encoder(saved)
     assert (again.pooling, again.max_length) == (kind.pooling, 60)
     assert_same_vectors(embed(again), expected)
-    assert_same_vectors(alone(saved, kind.pooling), expected)
+    assert_same_vectors(embed_alone(saved, kind.pooling), expected)
     assert_same_vectors(by_sentence_transformers(saved), expected)
     library = AutoTokenizer.from_pretrained(saved)
-    assert library(TEXTS)["input_ids"] == own_ids(folder)
+    assert library(TEXTS)["input_ids"] == ids_alone(folder)
     batch = library(TEXTS, padding=True, return_tensors="pt")
     hidden = AutoModel.from_pretrained(saved)(**batch).last_hidden_state
     assert_same_vectors(pool(hidden, batch["attention_mask"], kind.pooling).detach(), expected)
@@ -232,7 +232,7 @@ def test_a_long_sentence_is_cut_where_the_positions_end(kind, special_tokens, tm
     folder = build(tmp_path, kind)
     encoder = load_encoder(folder, "mean", max_length=500)
     long = " ".join(SENTENCES)
-    ids = own_ids(folder, [long])[0]
+    ids = ids_alone(folder, [long])[0]
     ids = ids[:63] + ids[-1:] if special_tokens else ids[:64]  # the end is kept
     assert token_ids(encoder, [long]) == [ids]
     hidden = encoder.model(torch.tensor([ids])).last_hidden_state
@@ -250,7 +250,7 @@ def test_sentences_are_cut_on_the_left_where_a_file_says_so(file, bert, tmp_path
     if file == TOKENIZER_CONFIG:
         changes = {TOKENIZER_CONFIG: {"truncation_side": "left"}}
     encoder = load_encoder(write_files(bert, changes), max_length=12)
-    ids = own_ids(bert, SENTENCES[4:5])[0]
+    ids = ids_alone(bert, SENTENCES[4:5])[0]
     assert len(ids) > 12
     expected = [ids[0], *ids[-11:]]
     assert token_ids(encoder, SENTENCES[4:5]) == [expected]
@@ -284,7 +284,7 @@ def test_batches_and_slices_keep_their_order(bert):
     rows = [2099, 1, 1000, 999]
     batch = pad(tokenize(encoder, texts), rows, encoder.model)
     for i, row in enumerate(rows):
-        ids = own_ids(bert, [texts[row]])[0]
+        ids = ids_alone(bert, [texts[row]])[0]
         if len(ids) > 12:
             ids = ids[:11] + ids[-1:]
         padding = [0] * (12 - len(ids))
@@ -317,7 +317,7 @@ def test_loading_leaves_the_attention_of_a_big_bird(tmp_path):
 def test_token_types_are_not_given_and_refused_where_they_matter(tmp_path, ends_with_one_line):
     names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
     folder = write_files(build(tmp_path / "bert", BERT), {TOKENIZER_CONFIG: names})
-    assert_same_vectors(embed(load_encoder(folder)), alone(folder, "cls"))
+    assert_same_vectors(embed(load_encoder(folder)), embed_alone(folder, "cls"))
     save_encoder(tmp_path / "saved", load_encoder(folder))
     assert "token_type_ids" not in AutoTokenizer.from_pretrained(tmp_path / "saved")("rose")
     folder = write_files(build(tmp_path / "gpt2", GPT2), {TOKENIZER_CONFIG: names})  # takes words
@@ -351,7 +351,7 @@ def test_the_last_layer_is_the_vector_that_is_served(tmp_path):
     encoder = load_encoder(folder)
     tokens = pad(tokenize(encoder, TEXTS), range(10), encoder.model)
     last = pooled_layers(encoder, tokens)[-1]
-    assert_same_vectors(last.detach(), alone(folder, "last"))
+    assert_same_vectors(last.detach(), embed_alone(folder, "last"))
     with torch.no_grad():
         states = encoder.model(**tokens, output_hidden_states=True).hidden_states
     assert not torch.allclose(last, pool(states[-1], tokens["attention_mask"], "last"), rtol=0.1)
@@ -363,7 +363,7 @@ def test_pooling_of_a_decoder(bert, tmp_path, ends_with_one_line):
     write_files(folder, {"config.json": {"is_causal": False}})  # tokens see those after them
     encoder = load_encoder(folder)
     assert encoder.pooling == "cls"
-    assert_same_vectors(embed(encoder), alone(folder, "cls"))
+    assert_same_vectors(embed(encoder), embed_alone(folder, "cls"))
     assert load_encoder(write_files(bert, {"config.json": {"is_decoder": True}})).pooling == "last"
 
 
@@ -372,12 +372,14 @@ def test_ids_are_those_of_tokenizer_json_whatever_class_is_named(tmp_path):
     kind = Kind("bert", SMALL_BERT, "unigram", BERT_TOKENS, "[CLS] $A [SEP]")
     folder = build(tmp_path / "model", kind)
     write_files(folder, {TOKENIZER_CONFIG: {"tokenizer_class": "BertTokenizer"}})
-    assert AutoTokenizer.from_pretrained(folder)(TEXTS)["input_ids"] != own_ids(folder)
+    assert AutoTokenizer.from_pretrained(folder)(TEXTS)["input_ids"] != ids_alone(folder)
     encoder = load_encoder(folder)
-    assert token_ids(encoder) == own_ids(folder)
+    assert token_ids(encoder) == ids_alone(folder)
     save_encoder(tmp_path / "saved", encoder)
-    assert AutoTokenizer.from_pretrained(tmp_path / "saved")(TEXTS)["input_ids"] == own_ids(folder)
-    assert_same_vectors(by_sentence_transformers(tmp_path / "saved"), alone(folder, "cls"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")(TEXTS)["input_ids"] == ids_alone(
+        folder
+    )
+    assert_same_vectors(by_sentence_transformers(tmp_path / "saved"), embed_alone(folder, "cls"))
 
 
 @pytest.mark.parametrize("lower", [True, False])
@@ -386,21 +388,21 @@ def test_a_contradiction_about_lower_case_is_printed(lower, tmp_path, capsys):
     kind.normalizer = normalizers.BertNormalizer(lowercase=lower)
     folder = build(tmp_path, kind)
     write_files(folder, {TOKENIZER_CONFIG: {"do_lower_case": not lower}})
-    assert token_ids(load_encoder(folder)) == own_ids(folder)
+    assert token_ids(load_encoder(folder)) == ids_alone(folder)
     assert f"do_lower_case {not lower} is not followed" in capsys.readouterr().out
     load_encoder(write_files(folder, {TOKENIZER_CONFIG: {"do_lower_case": lower}}))
     assert "do_lower_case" not in capsys.readouterr().out
 
 
 def test_a_vocabulary_alone_is_read_by_its_class(bert, tmp_path):
-    expected = own_ids(bert)
+    expected = ids_alone(bert)
     vocabulary = load_encoder(bert).tokenizer.get_vocab()
     lines = "\n".join(sorted(vocabulary, key=vocabulary.get))
     write_files(bert, {"vocab.txt": lines, "tokenizer.json": None})
     encoder = load_encoder(bert)
     assert token_ids(encoder) == expected
     save_encoder(tmp_path / "saved", encoder)
-    assert own_ids(tmp_path / "saved") == expected
+    assert ids_alone(tmp_path / "saved") == expected
 
 
 def test_more_tokens_than_embeddings_matter_only_where_they_occur(tmp_path, ends_with_one_line):
@@ -414,7 +416,7 @@ def test_more_tokens_than_embeddings_matter_only_where_they_occur(tmp_path, ends
     model.save_pretrained(folder)
     write_files(folder, {TOKENIZER_CONFIG: {"pad_token": "[unused0]"}})
     encoder = load_encoder(folder)
-    assert_same_vectors(embed(encoder), alone(folder, "cls"))
+    assert_same_vectors(embed(encoder), embed_alone(folder, "cls"))
     words = (f"id {zebra}", f"{zebra} word embeddings")
     ends_with_one_line(lambda: tokenize(encoder, ["a", "the zebra"]), *words)
     save_encoder(tmp_path / "saved", encoder)  # with a pad token that has an embedding
@@ -522,7 +524,7 @@ def test_what_is_declared_is_followed_and_printed(files, pooling, max_length, be
     encoder = load_encoder(bert)
     assert f"{pooling} pooling, from its sentence-transformers files" in capsys.readouterr().out
     assert (encoder.pooling, encoder.max_length) == (pooling, max_length)
-    assert_same_vectors(embed(encoder), alone(bert, pooling))
+    assert_same_vectors(embed(encoder), embed_alone(bert, pooling))
     assert_same_vectors(embed(encoder), by_sentence_transformers(bert))
     asked = load_encoder(bert, "mean", 9)
     assert (asked.pooling, asked.max_length) == ("mean", 9)
@@ -532,7 +534,7 @@ def test_a_declared_normalisation_is_kept_for_others(bert, tmp_path):
     declared = modules(TRANSFORMER, POOLING, NORMALIZE)
     encoder = load_encoder(write_files(bert, {"modules.json": declared, POOLING_CONFIG: MEAN}))
     vectors = embed(encoder)
-    assert_same_vectors(vectors, alone(bert, "mean"))
+    assert_same_vectors(vectors, embed_alone(bert, "mean"))
     save_encoder(tmp_path / "saved", encoder)
     theirs = by_sentence_transformers(tmp_path / "saved")
     assert_same_vectors(theirs, vectors / vectors.norm(dim=1, keepdim=True))
@@ -550,8 +552,8 @@ def test_declared_lower_case_and_folders_are_followed_and_kept(tmp_path):
     encoder = load_encoder(write_files(root, files))
     upper = [text.upper() for text in TEXTS]
     lower = [text.lower() for text in TEXTS]
-    assert token_ids(encoder, upper) == own_ids(root / "0_Transformer", lower)
-    expected = alone(root / "0_Transformer", "cls", lower)
+    assert token_ids(encoder, upper) == ids_alone(root / "0_Transformer", lower)
+    expected = embed_alone(root / "0_Transformer", "cls", lower)
     assert_same_vectors(embed(encoder, upper), expected)
     save_encoder(tmp_path / "saved", encoder)
     assert_same_vectors(embed(load_encoder(tmp_path / "saved"), upper), expected)
@@ -613,7 +615,7 @@ def test_neither_a_pooler_nor_float32_weights_are_needed(bert):
     assert torch.equal(embed(load_encoder(bert)), expected)
     AutoModel.from_pretrained(bert).half().save_pretrained(bert)
     assert load_encoder(bert).model.dtype == torch.float32
-    assert_same_vectors(embed(load_encoder(bert)), alone(bert, "cls"))
+    assert_same_vectors(embed(load_encoder(bert)), embed_alone(bert, "cls"))
     half = load_encoder(bert, dtype=torch.bfloat16)
     assert half.model.dtype == torch.bfloat16
     assert embed(half).dtype == torch.float32
@@ -672,7 +674,7 @@ def test_what_was_downloaded_runs_without_a_network(bert, ends_with_one_line, mo
     cached = Path(HF_HUB_CACHE, "models--an--author")
     shutil.copytree(bert, cached / "snapshots" / "0123abc")
     write_files(cached, {"refs/main": "0123abc"})
-    assert_same_vectors(embed(load_encoder("an/author")), alone(bert, "cls"))
+    assert_same_vectors(embed(load_encoder("an/author")), embed_alone(bert, "cls"))
     monkeypatch.chdir(bert.parent)
     local = shutil.copytree(bert, Path("an", "author"))  # a folder comes first
     declared = {"modules.json": modules(TRANSFORMER, POOLING), POOLING_CONFIG: MEAN}
