@@ -44,7 +44,7 @@ def model_folder(name):
                 break
         return Path(folder)
     except (OSError, ValueError) as error:
-        answer = error.__cause__ or error
+        answer = error if isinstance(error, HfHubHTTPError) else error.__cause__
         missing = isinstance(answer, RepositoryNotFoundError)
         if isinstance(answer, GatedRepoError):  # which the library counts among the missing ones
             fail(f"{name} is gated: ask for access on its page of the Hub, then `hf auth login`")

@@ -649,23 +649,28 @@ def test_of_a_hub_model_one_kind_of_weights_is_taken(suffix, bert, tmp_path, mon
     assert [path.suffix for path in weights] == [f".{suffix}"]
 
 
-HUB_ANSWERS = [
-    pytest.param(GatedRepoError, 403, "an/author is gated", id="gated"),
-    pytest.param(HfHubHTTPError, 429, "the Hub does not give an/author", id="throttled"),
-]
-
-
-@pytest.mark.parametrize("error_class, status, words", HUB_ANSWERS)
-def test_a_refusal_of_the_hub_is_said(error_class, status, words, monkeypatch, ends_with_one_line):
+def hub_error(error_class, status):
+    """An error of the Hub's library; it is raised from that of its network library."""
     request = httpx2.Request("GET", "https://huggingface.co")
-    answer = error_class("Sorry", response=httpx2.Response(status, request=request))
+    error = error_class("Sorry", response=httpx2.Response(status, request=request))
+    error.__cause__ = httpx2.HTTPError("Sorry")
+    return error
 
+
+def test_a_gated_model_is_said_to_be_gated(monkeypatch, ends_with_one_line):
     def download(name, **options):
-        raise FileNotFoundError("not in the cache") from answer  # as the library does it
+        raise hub_error(GatedRepoError, 403)
 
     monkeypatch.setattr("support.loading.snapshot_download", download)
-    error = ends_with_one_line(lambda: load_encoder("an/author"), words)
-    assert "no such folder" not in error
+    ends_with_one_line(lambda: load_encoder("an/author"), "an/author is gated", "hf auth login")
+
+
+def test_what_the_hub_answers_is_said(monkeypatch, ends_with_one_line):
+    def download(name, **options):
+        raise FileNotFoundError("not in the cache") from hub_error(HfHubHTTPError, 429)
+
+    monkeypatch.setattr("support.loading.snapshot_download", download)
+    ends_with_one_line(lambda: load_encoder("an/author"), "the Hub does not give", "Sorry")
 
 
 def test_what_was_downloaded_runs_without_a_network(bert, ends_with_one_line, monkeypatch):
