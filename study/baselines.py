@@ -187,7 +187,7 @@ class Baseline(talas.Objective):
         """(loss, {its terms}); tokens and teacher as in talas.Objective, domains are ignored."""
         s = self.s
         views = 2 if s.method == "distillcse" else 1
-        z = talas.embed(self.encoder, tokens, s, views)[-1]  # (views, N, d_S)
+        z = talas.embed(self.encoder, tokens, s, views)[-1].unbind()  # views of (N, d_S)
         terms = {}
         if s.method == "distillcse":
             terms["simcse"] = talas.simcse_loss(z[0], z[1], s.temperature)
