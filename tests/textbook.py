@@ -1,21 +1,27 @@
-"""The exercises of docs/assignments in another style than ours; test_assignments.py breaks it."""
+"""Another right solution of the exercises; test_assignments.py plants mistakes in it."""
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import parameters_to_vector
 
 
 def tamd_gradient(projected, teacher):
-    return torch.func.grad(lambda E: tamd_loss([E], [torch.eye(len(E[0]))], teacher))(projected)
+    projected = projected.clone().requires_grad_()
+    loss = tamd_loss([projected], [torch.eye(projected.shape[1])], teacher)
+    return torch.autograd.grad(loss, projected)[0]
 
 
 def asam_ascent(w, gradient, rho, eta):
-    u = (w.abs() + eta) * gradient
-    return rho * (w.abs() + eta) * u / u.norm()
+    T = w.abs() + eta
+    u = T * gradient
+    return rho * T * u / u.norm()
 
 
 def tamd_loss(layers, projections, teacher):
-    cosines = [F.cosine_similarity(E @ W, teacher) for E, W in zip(layers, projections)]
-    return sum((1 - c).mean() for c in cosines) / len(layers)
+    total = 0.0
+    for E, W in zip(layers, projections, strict=True):
+        total = total + (1 - F.cosine_similarity(E @ W, teacher)).mean()
+    return total / len(layers)
 
 
 def relation_matrix(E):
@@ -23,9 +29,13 @@ def relation_matrix(E):
 
 
 def lasd_loss(layers, detach_guide=False):
-    R = [relation_matrix(E) for E in layers]
-    D = [(g.detach() if detach_guide else g) - r for g, r in zip(R[1:], R)]
-    return sum((d**2).mean() for d in D) / len(D)
+    total = 0.0
+    for lower, upper in zip(layers, layers[1:]):
+        guide = relation_matrix(upper)
+        if detach_guide:
+            guide = guide.detach()
+        total = total + ((guide - relation_matrix(lower)) ** 2).mean()
+    return total / (len(layers) - 1)
 
 
 def simcse_loss(z, z_prime, temperature):
@@ -35,52 +45,68 @@ def simcse_loss(z, z_prime, temperature):
 
 class ASAM:
     def __init__(self, optimizer, rho, eta=0.0, adaptive=True):
-        self.optimizer, self.rho, self.eta, self.adaptive = optimizer, rho, eta, adaptive
+        self.optimizer = optimizer
+        self.rho = rho
+        self.eta = eta
+        self.adaptive = adaptive
         self.w = {}
 
     def ascent_step(self):
-        own = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.w = {p: p.data.clone() for p in own if p.grad is not None}
-        T = {p: w.abs() + self.eta if self.adaptive else 1.0 for p, w in self.w.items()}
+        T = {}
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.w[p] = p.data.clone()
+                    T[p] = p.abs() + self.eta if self.adaptive else 1.0
         norm = sum((T[p] * p.grad).square().sum() for p in T).sqrt()
-        [p.data.add_(self.rho * T[p] ** 2 * p.grad / (norm + 1e-12)) for p in T]
-        self.optimizer.zero_grad(set_to_none=False)  # a
+        for p in T:
+            p.data += self.rho * T[p] ** 2 * p.grad / (norm + 1e-12)
+        self.optimizer.zero_grad(set_to_none=False)
 
     def descent_step(self):
-        [p.data.copy_(w) for p, w in self.w.items()]
+        for p in self.w:
+            p.data.copy_(self.w[p])
+        self.w = {}
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)  # d
+        self.optimizer.zero_grad()
 
 
 def training_step(objective, asam, tokens, teacher, domains, s):
     state = torch.get_rng_state()
-    loss, terms = objective(tokens, teacher, *[domains][: s.optimizer == "disam"])
-    loss.backward()
+    if s.optimizer == "disam":
+        climbed, terms = objective(tokens, teacher, domains)
+    else:
+        climbed, terms = objective(tokens, teacher)
+    climbed.backward()
     values = {name: term.item() for name, term in terms.items()}
     if s.optimizer != "adamw":
         asam.ascent_step()
         torch.set_rng_state(state)
-        (above := objective(tokens, teacher)[0]).backward()
-        values["sharpness_gap"] = above.item() - values["loss"]
+        perturbed, _ = objective(tokens, teacher)
+        perturbed.backward()
+        values["sharpness_gap"] = perturbed.item() - values["loss"]
     asam.descent_step()
     return values
 
 
-def largest_hessian_eigenvalue(loss_fn, parameters, seed=0):
-    losses = loss_fn if isinstance(loss_fn, list) else [loss_fn]
+def hessian_vector_product(losses, parameters, v):
+    loss = sum(loss() for loss in losses) / len(losses)
+    gradient = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+    slope = parameters_to_vector(gradient) @ v
+    return parameters_to_vector(torch.autograd.grad(slope, parameters, materialize_grads=True))
 
-    def flat(loss, **how):
-        g = torch.autograd.grad(loss, parameters, allow_unused=True, **how)
-        return torch.cat([(0 * p if x is None else x).flatten() for x, p in zip(g, parameters)])
 
-    def power(shift):
-        n = sum(p.numel() for p in parameters)
-        v = torch.randn(n, generator=torch.Generator().manual_seed(seed))
-        for _ in range(200):
-            v = (v / v.norm().clamp(min=1e-30)).detach()
-            loss = sum(f() for f in losses) / len(losses)
-            u = flat(flat(loss, create_graph=True) @ v) + shift * v
-            v, value = u, (u @ v).item() - shift
-        return value
+def power_iteration(losses, parameters, shift):
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(len(parameters_to_vector(parameters)), generator=generator)
+    for _ in range(200):
+        v = v / v.norm().clamp(min=1e-30)
+        shifted = hessian_vector_product(losses, parameters, v) + shift * v
+        eigenvalue = (shifted @ v).item() - shift
+        v = shifted
+    return eigenvalue
 
-    return power(abs(power(0.0)))
+
+def largest_hessian_eigenvalue(losses, parameters):
+    largest_in_size = abs(power_iteration(losses, parameters, 0.0))
+    return power_iteration(losses, parameters, largest_in_size)
