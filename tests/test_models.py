@@ -218,6 +218,9 @@ def test_a_model_is_read_as_meant_and_saved_as_trained(kind, tmp_path, capsys):
     assert_same_vectors(embed(again), expected)
     assert_same_vectors(embed_alone(saved, kind.pooling), expected)
     assert_same_vectors(by_sentence_transformers(saved), expected)
+    tokenizer = Tokenizer.from_file(str(saved / "tokenizer.json"))
+    assert tokenizer.truncation is None
+    assert tokenizer.padding is None
     library = AutoTokenizer.from_pretrained(saved)
     assert library(TEXTS)["input_ids"] == ids_alone(folder)
     batch = library(TEXTS, padding=True, return_tensors="pt")
