@@ -384,14 +384,14 @@ def largest_hessian_eigenvalue(losses, parameters, tolerance=3e-3, vectors=8, se
 
     losses: a list of functions of nothing, whose mean is meant; the list keeps one graph in memory
     at a time. Restarted Lanczos iteration (ARPACK) on products H v, to a relative `tolerance`; it
-    keeps `vectors` copies of the parameters in the host's memory. NaN if H v is not finite.
+    keeps `vectors` copies of the parameters in the host's memory. NaN if a loss or H is not finite.
     """
     parameters = list(parameters)
     w = parameters_to_vector(parameters).detach()
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(len(w), generator=generator, dtype=w.dtype)
     Hv = hessian_vector_product(losses, parameters, v.to(w.device)).cpu()
-    if not Hv.isfinite().all():
+    if not Hv.isfinite().all() or not all(loss().isfinite() for loss in losses):
         return float("nan")
     if not Hv.any():  # H is zero: no other H maps a random v to 0
         return 0.0

@@ -174,6 +174,12 @@ def test_lambda_max_of_a_linear_loss_is_zero():
     assert largest_hessian_eigenvalue([w.sum], [w]) == 0
 
 
+def test_lambda_max_of_a_loss_that_is_not_finite():
+    """Its Hessian would be 0."""
+    w = (math.inf * torch.ones(4)).requires_grad_()
+    assert math.isnan(largest_hessian_eigenvalue([w.sum], [w]))
+
+
 @pytest.fixture
 def student(tmp_path, cache):
     """(objective, corpus, s): Eq. 3 alone, for a student of one layer; 48 sentences."""
