@@ -177,6 +177,17 @@ def test_distillcse(prepare):
     assert len(objective.projections) == 0
 
 
+def test_distillcse_distils_the_first_of_two_views(prepare):
+    objective, tokens, teacher = prepare("--method distillcse --group_p 0")
+    torch.manual_seed(1)  # of dropout
+    view, other_view = talas.embed(objective.encoder, tokens, objective.s, views=2)[-1]
+    distillation = baselines.distribution_loss(view, teacher, objective.s, shuffled=False)
+    torch.manual_seed(1)
+    _, terms = objective(tokens, teacher)
+    assert_close(terms["simcse"], talas.simcse_loss(view, other_view, 0.05))
+    assert_close(terms["distillation"], distillation)
+
+
 @pytest.mark.parametrize(
     "training, group_p, losses", [(True, 0.5, 5), (True, 0, 1), (False, 0.5, 1)]
 )

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,6 +38,18 @@ def test_edit_distances_by_hand():
 )
 def test_the_cheapest_path_by_hand(cost, path):
     assert online.warp(np.array(cost)) == path
+
+
+def test_words_have_no_markers_and_no_capitals():
+    encoding = SimpleNamespace(
+        tokens=["[CLS]", "ĠThe", "▁cook", "##s", "[SEP]"], special_tokens_mask=[1, 0, 0, 0, 1]
+    )
+    tokenizer = SimpleNamespace(encode={"The cooks": encoding}.get)
+    encoder = SimpleNamespace(tokenizer=tokenizer)
+    words = {1: "the", 2: "cook", 3: "s"}
+    special = {0: "\0" * 20, 4: "\1" * 20}
+    assert online.words_of(encoder, "The cooks", with_special=False) == words
+    assert online.words_of(encoder, "The cooks", with_special=True) == words | special
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +94,21 @@ def test_tokens_where_the_teacher_splits_a_word(models, method, links, mutual):
 
 
 # ------------------------------------------------------------------------------ parts of the losses
+def test_importance_is_a_softmax_of_the_attention_that_a_token_receives():
+    attention = torch.tensor([[[0.2, 0.8, 0.0], [0.6, 0.4, 0.0], [9.0, 9.0, 9.0]]])
+    importance = online.token_importance(attention, torch.tensor([[1, 1, 0]]))
+    received = torch.tensor([0.8, 1.2])  # the third token is padding
+    assert_close(importance[0], pad(received.softmax(0), (0, 1)))
+
+
+def test_mass_is_the_linked_importance_or_the_least():
+    importance = torch.tensor([[0.5, 0.2, 0.3, 0.0]])  # the last token is padding
+    links = torch.zeros(1, 5, 4)
+    links[0, [0, 1, 2], [2, 0, 2]] = 1
+    mass = online.student_mass(importance, links, torch.tensor([[1, 1, 1, 1, 0]]))
+    assert_close(mass, torch.tensor([[0.3, 0.5, 0.3, 0.2, 0.0]]) / 1.3)
+
+
 def test_the_mean_square_of_unit_vectors_is_a_cosine():
     a = random_rows(6, 4, seed=0)
     b = random_rows(6, 4, seed=1)
@@ -202,7 +230,7 @@ def test_a_batch_gives_what_its_sentences_give_alone(
     corpus, objective = prepare(models, flags)
     for W in objective.projections:
         W.data *= 8  # or attention would be nearly the same everywhere
-    loss, terms = objective.eval()(*corpus.batch(torch.arange(4))[:2])
+    loss, terms = objective.eval()(*corpus.batch(torch.tensor([2, 0, 3, 1]))[:2])
     student = [Alone(models / "student", text) for text in TEXTS]
     teacher = [Alone(models / "teacher", text) for text in TEXTS]
     distillation = method(corpus, student, teacher, objective.projections, mse).item()
@@ -264,6 +292,8 @@ def test_what_the_settings_of_the_teacher_reach(models):
     assert corpus.teacher.pooling == "last"
     assert np.diff(corpus.teacher_tokens.starts).max() == 6
     assert not corpus.teacher.model.training
+    _, teacher, _ = corpus.batch(torch.tensor([0]))
+    assert_close(teacher["sentence"], teacher["last"][:, 5])
 
 
 def test_the_identity_of_a_corpus_is_its_teachers_too(models):
