@@ -196,11 +196,17 @@ def test_geometry_by_hand(bert, cache, tmp_path):
 def seconds(monkeypatch):
     """{side: the seconds that it takes by a clock of our own}, all 1 until a test sets them."""
     seconds = dict.fromkeys([*TABLE3, "released"], 1.0)
-    passed = [0.0]
+    passed = []
+
+    def fake_side(name, *args):
+        def step(rows):
+            warm_up = len(passed) < 2 * bench.WARM_UP  # slow, and not to be counted
+            passed.append(100.0 if warm_up else seconds[name])
+
+        return step
+
     monkeypatch.setattr(bench.time, "perf_counter", lambda: sum(passed))
-    monkeypatch.setattr(
-        bench, "side", lambda name, *args: lambda rows: passed.append(seconds[name])
-    )
+    monkeypatch.setattr(bench, "side", fake_side)
     monkeypatch.setattr(bench, "peak_mb", lambda *args: 7.0)
     return seconds
 
@@ -210,6 +216,13 @@ def test_a_ratio_is_the_first_sides_time_to_the_seconds(seconds, cache):
     args = SimpleNamespace(turns=3)
     measured = bench.measure("released", load_cache(str(cache)), args, CPU)
     assert measured == {"ratio": 1.5, "ms": [3000, 2000]}
+
+
+def test_the_sides_take_turns():
+    order = []
+    sides = [lambda rows: order.append("a"), lambda rows: order.append("b")]
+    bench.in_turn(sides, range(4), CPU)
+    assert "".join(order) == "baabbaab"
 
 
 def test_table_3_by_hand(seconds, bert, cache):
