@@ -309,7 +309,13 @@ def test_a_run_can_be_repeated_and_looking_at_it_changes_nothing(here, monkeypat
     settings = {"student": "small", "lambda3": 0, "anchored_layers": 1, "epochs": 2}
     run(output="plain", **settings)
     torch.rand(7)  # nothing depends on what was drawn before
-    monkeypatch.setattr(talas, "train", partial(talas.train, keep_epochs="kept"))
+    train = talas.train
+
+    def train_and_keep(s, corpus, objective):
+        objective.eval()  # train has to switch dropout on
+        train(s, corpus, objective, keep_epochs="kept")
+
+    monkeypatch.setattr(talas, "train", train_and_keep)
     run(output="watched", sharpness=True, **settings)
     student, projections, steps, epochs = result("watched")
     assert result("plain")[:3] == (student, projections, steps)
@@ -684,6 +690,8 @@ def test_an_interrupted_run_is_no_model_and_is_not_lost_by_mistake(folder, ends_
     content[len(content) // 2] ^= 1
     Path("cut/checkpoint.pt").write_bytes(content)
     ends_with_one_line(partial(run, output="cut", resume=True), "checkpoint.pt", "damaged")
+    run(output="cut", overwrite=True)
+    assert result("cut") == result("whole")
     torch.save({"model": 1}, "bert/checkpoint.pt")  # another program's, without metrics.jsonl
     assert load_encoder("bert").layers == 3
 
