@@ -334,6 +334,7 @@ SURPLUS_WEIGHTS = [
     pytest.param("cls.predictions.transform.dense.weight", False, id="head"),
     pytest.param("classifier.0.weight", False, id="head with layers"),
     pytest.param("encoder.layer.0.attention.masked_bias", False, id="GPT's mask"),
+    pytest.param("encoder.layer.0.attention.rotary.inv_freq", False, id="a buffer"),
 ]
 
 
@@ -424,6 +425,15 @@ def test_more_tokens_than_embeddings_matter_only_where_they_occur(tmp_path, ends
     ends_with_one_line(lambda: tokenize(encoder, ["a", "the zebra"]), *words)
     save_encoder(tmp_path / "saved", encoder)  # with a pad token that has an embedding
     assert_same_vectors(by_sentence_transformers(tmp_path / "saved"), embed(encoder))
+
+
+def test_the_tokenizer_of_another_model_is_one_line(tmp_path, ends_with_one_line):
+    folder = build(tmp_path, BERT)
+    model = AutoModel.from_pretrained(folder)
+    model.resize_token_embeddings(8)
+    model.save_pretrained(folder)
+    encoder = load_encoder(folder)
+    ends_with_one_line(lambda: tokenize(encoder, TEXTS), "8 word embeddings")
 
 
 def test_a_sentence_without_tokens_is_refused(tmp_path, ends_with_one_line):
