@@ -70,9 +70,9 @@ def test_macro_f1_by_hand(capsys):
 )
 def test_classes(labels, expected, tmp_path):
     rows = [{"text": "a", "label": label} for label in labels]
-    write_files(tmp_path, {"mine/train.jsonl": rows, "mine/test.jsonl": rows})
+    write_files(tmp_path, {"mine/train.jsonl": rows, "mine/test.jsonl": rows[:2]})
     task = evaluation.load_task(tmp_path, "mine")
-    assert [row["label"] for row in task.train + task.test] == expected + expected
+    assert [row["label"] for row in task.train + task.test] == expected + expected[:2]
 
 
 @pytest.mark.parametrize("value", ["nan", float("nan"), "-inf", "", None, "high"])
@@ -267,8 +267,10 @@ def test_section_4_1_the_layouts_of_the_hub(
 
 def test_the_hub_has_the_tasks_of_table_1_in_its_order(monkeypatch):
     monkeypatch.setattr(evaluation, "load_task", lambda data, name: Task("AP", [], []))
-    tasks, in_domain = evaluation.load_tasks("hub", None)
     order = ["banking77", "tweet", "emotion", "mrpc", "scitail", "wic", "sick", "sts12", "stsb"]
+    tasks, _ = evaluation.load_tasks("hub", order[::-1])
+    assert list(tasks) == order
+    tasks, in_domain = evaluation.load_tasks("hub", None)
     assert list(tasks) == order
     assert in_domain == ["emotion", "wic", "stsb"]
 
