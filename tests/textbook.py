@@ -6,21 +6,22 @@ from torch.nn.utils import parameters_to_vector
 
 
 def tamd_gradient(projected, teacher):
-    projected = projected.clone().requires_grad_()
-    loss = tamd_loss([projected], [torch.eye(projected.shape[1])], teacher)
-    return torch.autograd.grad(loss, projected)[0]
+    return torch.func.grad(cosine_distance)(projected, teacher)
 
 
 def asam_ascent(w, gradient, rho, eta):
     T = w.abs() + eta
-    u = T * gradient
-    return rho * T * u / u.norm()
+    return rho * T * T * gradient / (T * gradient).norm()
+
+
+def cosine_distance(projected, teacher):
+    return (1 - F.cosine_similarity(projected, teacher)).mean()
 
 
 def tamd_loss(layers, projections, teacher):
     total = 0.0
     for E, W in zip(layers, projections, strict=True):
-        total = total + (1 - F.cosine_similarity(E @ W, teacher)).mean()
+        total = total + cosine_distance(E @ W, teacher)
     return total / len(layers)
 
 
@@ -73,10 +74,7 @@ class ASAM:
 
 def training_step(objective, asam, tokens, teacher, domains, s):
     state = torch.get_rng_state()
-    if s.optimizer == "disam":
-        climbed, terms = objective(tokens, teacher, domains)
-    else:
-        climbed, terms = objective(tokens, teacher)
+    climbed, terms = objective(tokens, teacher, domains if s.optimizer == "disam" else None)
     climbed.backward()
     values = {name: term.item() for name, term in terms.items()}
     if s.optimizer != "adamw":

@@ -90,9 +90,6 @@ def limit_cpu(seconds):
 
 def work(todo, limit, pipe):
     """Load the submission; send "" or why it does not load, then the result of each check."""
-    if hasattr(os, "setsid"):
-        os.setsid()  # a group of processes, so that what it starts can be ended with it
-    worker = os.getpid()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # what a submission prints does not belong in the table
     os.dup2(nowhere, 2)
@@ -106,20 +103,10 @@ def work(todo, limit, pipe):
     pipe.send("")
     for check in todo:
         limit_cpu(limit)
-        result = judge(check, talas)
-        if os.getpid() == worker:  # otherwise this is a child that the submission started
-            pipe.send(result)
+        pipe.send(judge(check, talas))
 
 
 # ------------------------------------------------------------------------- in the main process
-def stop(worker):
-    """End a worker and all that it started."""
-    worker.kill()
-    with contextlib.suppress(AttributeError, OSError):  # Windows has no groups; all have ended
-        os.killpg(worker.pid, signal.SIGKILL)
-    worker.join()
-
-
 def results(todo, limit):
     """Yield (passed, line) for each check.
 
@@ -147,7 +134,8 @@ def results(todo, limit):
             if resource and worker.exitcode == -signal.SIGXCPU:
                 line = f"no result after {limit:g} s of CPU time: an endless loop?"
         finally:
-            stop(worker)
+            worker.kill()
+            worker.join()
         if todo:
             yield False, line
             todo = todo[1:]
