@@ -228,7 +228,7 @@ def assert_close(weights, expected, before):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_algorithm1_a_whole_run_is_that_of_plain_pytorch(here, monkeypatch, method):
+def test_algorithm1_a_whole_run_is_that_of_plain_pytorch(here, monkeypatch, capsys, method):
     """Without dropout; sentences of several lengths; what is drawn, order and W_l, is given."""
     small_bert("steady", **NO_DROPOUT)
     settings = ALL_TERMS | method
@@ -238,6 +238,7 @@ def test_algorithm1_a_whole_run_is_that_of_plain_pytorch(here, monkeypatch, meth
     monkeypatch.setattr(talas, "new_projections", new_projections)
     monkeypatch.setattr(runs, "LOG_EVERY", 1)
     run(**settings)
+    assert "the student has no dropout" in capsys.readouterr().out
 
     plain = AutoModel.from_pretrained("steady", dtype=torch.float64)
     plain_W = [W.double().requires_grad_() for W in start_W]
