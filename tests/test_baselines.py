@@ -179,6 +179,7 @@ def test_distillcse(prepare):
 
 def test_distillcse_distils_the_first_of_two_views(prepare):
     objective, tokens, teacher = prepare("--method distillcse --group_p 0")
+    objective.train()
     torch.manual_seed(1)  # of dropout
     view, other_view = talas.embed(objective.encoder, tokens, objective.s, views=2)[-1]
     distillation = baselines.distribution_loss(view, teacher, objective.s, shuffled=False)
@@ -289,7 +290,9 @@ def test_stella_resumes_the_second_stage_alone(flags, monkeypatch, capsys):
     interrupt(flags, 2, monkeypatch)
     assert "starts again" in capsys.readouterr().err
     interrupt(flags, 3 + 5, monkeypatch)  # in the second epoch of the second stage
+    capsys.readouterr()
     baselines.main([*flags, "--resume"])
+    assert "first stage" not in capsys.readouterr().out
     resumed = saved_weights()
     baselines.main([*flags, "--overwrite"])
     assert saved_weights() == resumed
@@ -303,7 +306,10 @@ def test_two_processes(flags):
 
 def test_distillcse_by_asam_with_a_student_of_one_layer(flags):
     small_bert("one", num_hidden_layers=1)
-    baselines.main([*flags, "distillcse", "--student", "one", "--optimizer", "asam"])
+    argv = [*flags, "distillcse", "--student", "one", "--optimizer", "asam"]
+    s = talas.parse_settings(argv, baselines.Settings)
+    baselines.run(s, keep_epochs="kept")
+    assert Path("kept/2/model.safetensors").exists()
     assert metrics("out")[0][0].keys() > {"simcse", "distillation", "loss", "sharpness_gap"}
     assert saved_weights()[1] == []
 

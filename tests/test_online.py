@@ -117,6 +117,14 @@ def test_the_mean_square_of_unit_vectors_is_a_cosine():
     assert_close(online.unit_mse(a, b, "sentences"), 2 * distance)
 
 
+def test_attention_by_hand():
+    queries = torch.tensor([[[2.0, 0.0, 0.0, 0.0]]])
+    keys = torch.tensor([[[1.0, 0.0, 0.0, 0.0], [0.0, 3.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]]])
+    weights = online.attention(queries, keys, torch.tensor([[1, 1, 0]]))
+    scores = torch.tensor([2 / 4**0.5, 0.0])  # the third key is padding
+    assert_close(weights[0, 0], pad(scores.softmax(0), (0, 1)))
+
+
 def test_cka_of_centred_gram_matrices():
     X = random_rows(6, 4, seed=0)
     Y = random_rows(6, 5, seed=1)
@@ -245,6 +253,7 @@ def test_a_batch_gives_what_its_sentences_give_alone(
 
 def test_the_first_of_two_views_is_distilled(models, monkeypatch):
     corpus, objective = prepare(models, "--method cdm --temperature 0.3")
+    objective.train()
     tokens, teacher, _ = corpus.batch(torch.tensor([2, 0, 1]))
     two_views = {name: x.repeat(2, 1) for name, x in tokens.items()}
     torch.manual_seed(0)  # of dropout
@@ -254,6 +263,7 @@ def test_the_first_of_two_views_is_distilled(models, monkeypatch):
     torch.manual_seed(0)
     _, terms = objective(tokens, teacher)
     assert_close(terms["distillation"], distillation)
+    assert_close(terms["simcse"], talas.simcse_loss(*states["sentence"].chunk(2), 0.3))
 
 
 # ------------------------------------------------------------------------ what the settings reach
