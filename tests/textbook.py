@@ -97,7 +97,7 @@ def hessian_vector_product(losses, parameters, v):
 def power_iteration(losses, parameters, shift):
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(len(parameters_to_vector(parameters)), generator=generator)
-    for _ in range(200):
+    for _ in range(120):
         v = v / v.norm().clamp(min=1e-30)
         shifted = hessian_vector_product(losses, parameters, v) + shift * v
         eigenvalue = (shifted @ v).item() - shift
