@@ -242,7 +242,8 @@ def train_and_save(s, cache, corpus, objective, keep_epochs):
     check_fit(s, corpus)
     two_views = s.lambda1 > 0 or method_of(s) == "distillcse"
     dry_run(corpus.encoder, corpus, s.output, two_views)
-    if method_of(s) == "stella" and not s.resume:
+    resumed = s.resume and Path(s.output, "checkpoint.pt").exists()
+    if method_of(s) == "stella" and not resumed:
         first_stage(s, corpus, objective)
     talas.train(s, corpus, objective, keep_epochs)
     talas.finish(s, cache, objective)
