@@ -1,7 +1,6 @@
 """The study: its runs on a pair made in a moment, its tables against numbers worked out by hand."""
 
 import json
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SENTENCES, before_each_step, random_rows, small_bert, write_files
+from helpers import ROOT, SENTENCES, before_each_step, random_rows, write_files
 from scipy.stats import spearmanr
 from torch.nn.functional import cosine_similarity
 
@@ -21,22 +20,20 @@ from support.data import Corpus
 from support.files import read_json
 from support.loading import load_encoder
 
-README = HERE / "README.md"
 CPU = torch.device("cpu")
 
 
 # ------------------------------------------------------------------------------------------- runs
 @pytest.fixture
 def pair_b(tmp_path, bert, corpus, monkeypatch):
-    """Flags of run.py: pair B with a small student, a random teacher and two tasks; short runs."""
+    """Flags of run.py: pair B with a small student, a random teacher and one task; short runs."""
     bert.rename(tmp_path / "student-cls")
     np.save(tmp_path / "mpnet.npy", random_rows(48, 8, dtype=torch.float32).numpy())
-    sts, pairs = [], []
+    pairs = []
     for i in range(40):
-        sentences = {"sentence1": SENTENCES[i], "sentence2": SENTENCES[7 * i % 48]}
-        sts.append(sentences | {"score": i % 6})
-        pairs.append(sentences | {"label": i % 2})
-    write_files(tmp_path / "tasks", {"stsb/test.jsonl": sts, "mrpc/test.jsonl": pairs})
+        other = SENTENCES[7 * i % 48]
+        pairs.append({"sentence1": SENTENCES[i], "sentence2": other, "score": i % 6})
+    write_files(tmp_path / "tasks/stsb", {"test.jsonl": pairs})
     for row in ROWS.values():
         monkeypatch.setitem(row, "flags", f"{row['flags']} --epochs 2 --batch_size 16 --lr 0.01")
     return [
@@ -51,11 +48,12 @@ def pair_b(tmp_path, bert, corpus, monkeypatch):
     ]
 
 
-def test_runs_are_recorded_once_under_their_names(pair_b, tmp_path, monkeypatch, capsys):
+def test_runs_are_recorded_under_their_names(pair_b, tmp_path, monkeypatch):
     monkeypatch.setitem(PAIRS["B"], "dtype", "float16")
-    flags = [*pair_b, "--rows", "before", "T", "--seeds", "1", "2", "--each_epoch"]
+    flags = [*pair_b, "--rows", "before", "T", "--seeds", "1", "2"]
     run.main(flags)
     text = (tmp_path / "results.json").read_text()
+    assert str(tmp_path) not in text  # nothing of this machine
     recorded = json.loads(text)
     assert sorted(recorded) == ["B/T/1", "B/T/2", "B/before"]
     settings = recorded["B/T/1"]["settings"]
@@ -63,44 +61,21 @@ def test_runs_are_recorded_once_under_their_names(pair_b, tmp_path, monkeypatch,
     assert (settings["student"], settings["teacher"]) == ("student-cls", "mpnet.pt")
     assert load_cache(f"{tmp_path}/runs/mpnet.pt")["embeddings"].dtype == torch.float16
     scores = recorded["B/T/1"]["scores"]
-    assert scores["avg"] == pytest.approx((scores["stsb"] + scores["mrpc"]) / 2)
     assert scores != recorded["B/T/2"]["scores"]
     assert scores != recorded["B/before"]["scores"]
-    assert str(tmp_path) not in text  # nothing of this machine
-    kept = tmp_path / "runs/B-T-1/epochs"
-    first, second = ((kept / f"{epoch}/model.safetensors").read_bytes() for epoch in (1, 2))
-    assert first != second
-    assert second == (tmp_path / "runs/B-T-1/model.safetensors").read_bytes()
-    run.main(flags)
-    assert capsys.readouterr().out.count("done already") == 5  # before: once for each seed
-    assert (tmp_path / "results.json").read_text() == text
 
 
-def test_another_run_is_refused(pair_b, tmp_path, monkeypatch, ends_with_one_line):
+def test_a_run_on_another_corpus_is_refused(pair_b, tmp_path, ends_with_one_line):
     flags = [*pair_b, "--rows", "T"]
     run.main(flags)
-    ends_with_one_line(lambda: run.main([*flags, "--sharpness"]), "no lambda_max")
-    ends_with_one_line(lambda: run.main([*flags, f"--data={tmp_path}/other"]), "another data")
     sentences = ["A sentence of the other corpus.", *SENTENCES[1:]]
     write_files(tmp_path, {"other.jsonl": [{"text": text} for text in sentences]})
-    other = [*flags, f"--corpus={tmp_path}/other.jsonl"]
-    ends_with_one_line(lambda: run.main(other), "runs/mpnet.pt")
+    flags.append(f"--corpus={tmp_path}/other.jsonl")
+    ends_with_one_line(lambda: run.main(flags), "runs/mpnet.pt")
     (tmp_path / "runs/mpnet.pt").unlink()
-    ends_with_one_line(lambda: run.main(other), "B/T/42", "another corpus")
+    ends_with_one_line(lambda: run.main(flags), "B/T/42", "another corpus")
     (tmp_path / "results.json").unlink()
-    ends_with_one_line(lambda: run.main(other), "runs/B-T-42", "another corpus")
-    assert not (tmp_path / "results.json").exists()
-    (tmp_path / "runs/mpnet.pt").unlink()
-    monkeypatch.setitem(ROWS["T"], "flags", f"{ROWS['T']['flags']} --lr 0.02")
-    ends_with_one_line(lambda: run.main(flags), "runs/B-T-42", "another settings")
-
-
-def test_an_online_row_runs_the_model(pair_b, tmp_path):
-    small_bert(tmp_path / "mpnet", seed=1, hidden_size=48)
-    run.main([*pair_b, "--rows", "emo"])
-    entry = read_json(tmp_path / "results.json")["B/emo/42"]
-    assert (entry["teacher"], entry["settings"]["method"]) == ("mpnet", "emo")
-    assert not list((tmp_path / "runs").glob("*.pt"))
+    ends_with_one_line(lambda: run.main(flags), "runs/B-T-42", "another corpus")
 
 
 def test_an_interrupted_run_resumes(pair_b, tmp_path, monkeypatch):
@@ -126,12 +101,8 @@ def test_the_released_objective(bert, cache):
     batch = Corpus(load_cache(str(cache)), encoder).batch(torch.arange(8))
     objective = run.Released(encoder, talas.new_projections(s, encoder, 8), s).eval()
     hidden = encoder.model(**batch[0], output_hidden_states=True).hidden_states
-    total = 0.0
-    for lower, upper in zip(hidden[:-1], hidden[1:]):  # layer 0, too: three pairs of layers
-        R_lower = cosine_similarity(lower[:, None, 0], lower[None, :, 0], dim=-1)
-        R_upper = cosine_similarity(upper[:, None, 0], upper[None, :, 0], dim=-1)
-        total += ((R_upper - R_lower) ** 2).mean().item()
-    assert objective(*batch)[1]["lasd"].item() == pytest.approx(total / 3, rel=1e-4)
+    expected = talas.lasd_loss([states[:, 0] for states in hidden])  # layer 0, too
+    torch.testing.assert_close(objective(*batch)[1]["lasd"], expected)
     asam, _ = talas.make_optimizer(s, objective.train(), steps=10)
     values = talas.training_step(objective, asam, *batch, s)
     assert values["sharpness_gap"] != 0  # w̃ = w at ρ = 0: the second pass has other masks
@@ -150,22 +121,12 @@ def test_recorded_settings_are_those_of_the_rows():
             assert portable(asdict(settings)) == entry["settings"], key
 
 
-def test_all_rows(tmp_path, ends_with_one_line):
-    results = f"--results={tmp_path}/r.json"
-    rows = run.parse_args(["--rows", "all", results]).rows
-    assert set(ROWS) - set(rows) == {"teacher", "released-code"}
-    flags = ["--rows", "all", "released-code", results]
-    ends_with_one_line(lambda: run.parse_args(flags), "--released")
-    assert set(run.parse_args([*flags, "--released=x"]).rows) == {*rows, "released-code"}
-
-
 def test_what_a_training_leaves(tmp_path):
     lines = [{"step": step, "loss": 1, "tamd": step / 10} for step in (44, 50, 90, 100)]
-    lines += [{"end_of_epoch": 1, "step": 110}, {"end_of_epoch": 2, "step": 220, "lambda_max": 7.5}]
-    about = {"settings": {}, "teacher": "/x/y.npy", "cost": {"ms_per_step": 3.0, "peak_mb": 9}}
+    lines.append({"end_of_epoch": 2, "step": 220, "lambda_max": 7.5})
+    about = {"settings": {}, "teacher": "", "cost": {}}
     write_files(tmp_path, {"metrics.jsonl": lines, "talas.json": about})
     entry = describe(tmp_path)
-    assert (entry["teacher"], entry["cost"]) == ("y.npy", {"ms_per_step": 3.0})
     assert entry["history"] == {"step": [50, 100], "tamd": [5.0, 10.0]}
     assert entry["lambda_max"] == {"2": 7.5}
 
@@ -174,17 +135,13 @@ def test_what_a_training_leaves(tmp_path):
 def test_geometry_by_hand(bert, cache, tmp_path):
     W = random_rows(2, 32, 8, dtype=torch.float32)  # of the two top layers of three
     torch.save(list(W), bert / "projections.pt")
-    students = [str(bert), f"{tmp_path}/./bert"]  # one name in two places
-    geometry.main([*students, f"--teacher={cache}", f"--results={tmp_path}/r.json"])
-    recorded = read_json(tmp_path / "r.json")
-    assert sorted(recorded) == sorted([f"geometry/{name}" for name in [*students, "~"]])
-    bottom, _, top = recorded[f"geometry/{bert}"]["layers"]
+    geometry.main([str(bert), f"--teacher={cache}", f"--results={tmp_path}/r.json"])
+    _, _, top = read_json(tmp_path / "r.json")[f"geometry/{bert}"]["layers"]
     encoder = load_encoder(str(bert))
     tokens, teacher, _ = Corpus(load_cache(str(cache)), encoder).batch(torch.arange(48))
-    E = talas.embed(encoder, tokens, talas.Settings())[-1][0].detach()
+    E = encoder.model(**tokens).last_hidden_state[:, 0].detach()
     loss = 1 - cosine_similarity(E @ W[1], teacher).mean().item()
     assert top["tamd"] == pytest.approx(loss, abs=1e-4)
-    assert "tamd" not in bottom
     i, j = torch.triu_indices(48, 48, offset=1)
     cosines = cosine_similarity(E[i], E[j])
     assert top["spread"] == pytest.approx(1 - cosines.mean().item(), abs=1e-4)
@@ -218,13 +175,6 @@ def test_a_ratio_is_the_first_sides_time_to_the_seconds(seconds, cache):
     assert measured == {"ratio": 1.5, "ms": [3000, 2000]}
 
 
-def test_the_sides_take_turns():
-    order = []
-    sides = [lambda rows: order.append("a"), lambda rows: order.append("b")]
-    bench.in_turn(sides, range(4), CPU)
-    assert "".join(order) == "baabbaab"
-
-
 def test_table_3_by_hand(seconds, bert, cache):
     seconds |= {"talas": 4.0, "adamw": 2.0, "cached": 320.0}
     args = SimpleNamespace(student=str(bert), teacher=str(bert), turns=2)
@@ -232,8 +182,6 @@ def test_table_3_by_hand(seconds, bert, cache):
     assert measured["distill"]["ratio"] == {"adamw": 0.5, "talas": 0.25}
     share = measured["cached"]  # 320 s for 32 batches, each used in 5 epochs: 2 s a step
     assert (share["ms"], share["ratio"]) == (2000, {"adamw": 1.0, "talas": 0.5})
-    student_mb = measured["distill"]["student"]
-    assert [measured[name]["teacher"] for name in ("distill", "cdm")] == [0, student_mb / 2]
 
 
 # -------------------------------------------------------------------------------- tables and plots
@@ -267,7 +215,6 @@ def test_scores_by_hand():
     # Avg: 70, 71, 72 deviate from 71 by 1, 0, 1; 70.5, 74.5 from 72.5 by 2, 2, so √8
     assert line(made["main-B"], "T")[-4:] == ["8.00", "10.00 ± 0.00", "–", "71.00 ± 1.00"]
     assert line(made["summary-B"], "TALAS without")[-1] == "72.50 ± 2.83"
-    assert "distill-W-0.051-x1" not in [row[0] for row in made["main-B"]]
 
 
 def test_gains_by_hand():
@@ -282,51 +229,35 @@ def test_gains_by_hand():
     assert line(talas_over_distill, "TALAS over distill") == ["", "", "-2.00", "1/9"]
 
 
-def test_settings_by_hand():
+def test_starts_by_hand():
     made = report.tables(ENTRIES)
     assert line(made["start"], "distill") == ["10.00", "60.00", "–", "–", "55.00"]
-    assert line(made["rates"], "STL") == ["–", "–", "–"]
 
 
 def test_sharpness_and_cost_by_hand():
-    sharp = [
-        entry("T", seed, 1, 1, lambda_max={"5": value}) for seed, value in [(1, 1.0), (2, 3.0)]
-    ]
+    sharp = entry("T", 1, 1, 1, lambda_max={"5": 2.0})
     side = {"ms": 1000.0, "ratio": {"adamw": 5.04, "talas": 2.5}, "rest": 7.0}
     benchmark = {"date": "2026-01-02", "rows": {}, "table3": {"emo": side}}
-    made = report.tables({"a": sharp[0], "b": sharp[1], "bench/x/cpu": benchmark})
-    assert line(made["sharpness-B"], "T") == ["–", "–", "–", "–", "2.00 ± 1.41"]
+    made = report.tables({"a": sharp, "bench/x/cpu": benchmark})
+    assert line(made["sharpness-B"], "T") == ["–", "–", "–", "–", "2.00"]
     cost = line(made["cost-x-cpu"], "EMO")
     assert cost == ["1000", "5.04", "6.27", "2.50", "3.26", "", "", "7"]  # 6.27 = 1223 / 195
     assert made["cost-x-cpu"][0][0] == "measured 2026-01-02"
 
 
-def test_a_file_is_filled_between_its_marks(tmp_path, ends_with_one_line):
+def test_a_file_is_filled_between_its_marks():
     made = {"x": [["", "a"], ["T", "1"]]}
     text = "a <!-- table:x -->\nold\n<!-- end --> b <!-- table:x --><!-- end --> c"
-    filled = report.fill(text, made, "file")
     table = "<!-- table:x -->\n|  | a |\n| --- | ---: |\n| T | 1 |\n<!-- end -->"
-    assert filled == f"a {table} b {table} c"
-    assert report.fill(filled, made, "file") == filled
-    open_table = "<!-- table:x --> old <!-- table:x --><!-- end -->"
-    ends_with_one_line(lambda: report.fill(open_table, made, "f.md"), "f.md", "left open")
-    unknown = "<!-- table:y --><!-- end -->"
-    ends_with_one_line(lambda: report.fill(unknown, made, "f.md"), "f.md", "table y")
+    assert report.fill(text, made, "file") == f"a {table} b {table} c"
 
 
-def test_the_texts_have_our_figures_and_commands(tmp_path):
+def test_the_texts_have_our_figures():
     made = report.tables(read_json(HERE / "results.json"))
-    for path in (README, ROOT / "README.md"):
+    for path in (HERE / "README.md", ROOT / "README.md"):
         text = path.read_text("utf-8")
         assert "<!-- table:" in text
         assert report.fill(text, made, path) == text
-    commands = README.read_text("utf-8").replace("\\\n", " ").splitlines()
-    flags = next(line for line in commands if line.startswith('F="')).removeprefix('F="')
-    runs = [line.strip() for line in commands if line.startswith("python study/run.py ")]
-    assert len(runs) >= 5
-    for command in runs:
-        words = shlex.split(command.replace("$F", flags.strip('"')), comments=True)[2:]
-        run.parse_args([*words, f"--results={tmp_path}/new.json"])
 
 
 @pytest.fixture
@@ -346,9 +277,7 @@ def drawn(monkeypatch):
 
 def test_plots_of_the_study(drawn, tmp_path):
     plots.draw_all(ENTRIES, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == set(drawn)
     (terms,) = drawn["B-terms.svg"]  # SimCSE, which is 0, is not drawn
-    assert terms.get_title() == "TAMD"
     assert terms.lines[0].get_xydata().tolist() == [[50, 0.9], [100, 0.5]]
     (scores,) = drawn["B-scores.svg"]
     assert [mark.get_label() for mark in scores.lines] == ["T", "STL", "distill"]
@@ -357,15 +286,12 @@ def test_plots_of_the_study(drawn, tmp_path):
     assert [bar.get_height() for bar in starts.containers[0]] == [60 - 10, 0, 0, 55 - 10]
 
 
-def test_a_plot_of_runs_of_one_name(drawn, tmp_path, capsys):
-    folders = []
-    for parent, loss in (("a", 0.25), ("b", 0.5)):
-        lines = [{"step": 10, "tamd": loss}, {"step": 20, "tamd": loss, "lambda_max": 3.0}]
-        write_files(tmp_path / parent / "x", {"metrics.jsonl": lines})
-        folders.append(f"{tmp_path}/{parent}/x")
-    plots.main([*folders, "--output", f"{tmp_path}/run.svg"])
-    tamd, sharpness = drawn["run.svg"]
-    assert (tamd.get_title(), sharpness.get_title()) == ("TAMD", "λ_max")
-    assert [curve.get_label() for curve in tamd.lines] == folders
+def test_a_plot_of_runs_of_one_name(drawn, tmp_path):
+    first = f"{tmp_path}/a/x"
+    second = f"{tmp_path}/b/x"
+    write_files(first, {"metrics.jsonl": [{"step": 10, "tamd": 0.25}]})
+    write_files(second, {"metrics.jsonl": [{"step": 10, "tamd": 0.5}]})
+    plots.main([first, second, "--output", f"{tmp_path}/run.svg"])
+    (tamd,) = drawn["run.svg"]
+    assert [curve.get_label() for curve in tamd.lines] == [first, second]
     assert [curve.get_ydata()[0] for curve in tamd.lines] == [0.25, 0.5]
-    assert f"{tmp_path}/run.svg" in capsys.readouterr().out
