@@ -133,8 +133,10 @@ def listing(name, links):
     code = highlight(definitions(file)[short], lexer, HtmlFormatter(nowrap=True))
 
     def linked(match):
-        name = match[1]
-        return f'<a href="#{links[name]}">{name}</a>' if name in links else name
+        target = links.get(match[1], "")
+        if module == "talas" or target.startswith(module):  # another file's name may mean another
+            return f'<a href="#{target}">{match[1]}</a>' if target else match[1]
+        return match[1]
 
     code = re.sub(r'(?<!<span class="o">\.</span>)<span class="n">(\w+)</span>', linked, code)
     code = re.sub(r'<span class="(?:n|o|p|w|nb|bp|nn)">(.*?)</span>', r"\1", code)  # no colour
