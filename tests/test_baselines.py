@@ -86,6 +86,14 @@ def test_distribution_loss_is_a_cross_entropy_over_the_other_sentences():
     assert_close(baselines.distribution_loss(E, T, s, shuffled=False), total / 6)
 
 
+def test_without_groups_nothing_is_shuffled():
+    e = random_rows(40, 5, seed=1)
+    teacher = random_rows(40, 9, seed=2)
+    s = baselines.Settings(group_p=0.0)
+    loss = baselines.distribution_loss(e, teacher, s, shuffled=True)
+    assert_close(loss, baselines.distribution_loss(e, teacher, s, shuffled=False))
+
+
 # --------------------------------------------------------------------------------------------- RKD
 def test_rkd_by_hand():
     student = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]])  # sides 3, 4, 5: mean 4
