@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from transformers import AutoModel
 
 import talas
+from cache_teacher import fingerprint
 from study import online
 
 TEXTS = [SENTENCES[0], SENTENCES[3], SENTENCES[14], "A rose."]  # of four lengths
@@ -348,6 +349,7 @@ def test_an_interrupted_run_resumes_to_the_bit(flags, method, optimizer, monkeyp
     record = json.loads(Path("again/talas.json").read_text())
     assert record["settings"]["method"] == method
     assert record["teacher"] == record["settings"]["teacher"]
+    assert record["corpus"] == fingerprint(SENTENCES)
     assert metrics("again")[0][0].keys() > {"simcse", "distillation", "loss"}
 
 
