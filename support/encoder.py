@@ -93,9 +93,6 @@ def tokenize(encoder, sentences):
     cut = 0
     for i in range(0, len(sentences), SLICE):
         for encoding in encoder.tokenizer.encode_batch(sentences[i : i + SLICE]):
-            if not encoding.ids:
-                sentence = sentences[len(starts) - 1]
-                fail(f"the tokenizer makes nothing of the sentence {sentence[:60]!r}; leave it out")
             ids.extend(encoding.ids)
             starts.append(len(ids))
             cut += len(encoding.overflowing) > 0
@@ -125,12 +122,10 @@ def pad(tokens, rows, model):
 
 
 def forward(model, batch, **options):
-    """What a model gives for a batch, or for the part of it that its class takes."""
-    arguments = inspect.signature(model.forward).parameters
-    if "use_cache" in arguments:
+    """What a model gives for a batch."""
+    if "use_cache" in inspect.signature(model.forward).parameters:
         options["use_cache"] = False  # the keys and values that a next token would need
-    inputs = {name: values for name, values in batch.items() if name in arguments}
-    return model(**inputs, **options)
+    return model(**batch, **options)
 
 
 def pooled_layers(encoder, tokens, precision="float32", from_layer=1):
@@ -217,12 +212,16 @@ def save_encoder(folder, encoder):
     }
     write_json(folder / "tokenizer_config.json", tokenizer_config)
     # and what sentence-transformers reads besides
-    modules = []
-    for i, name in enumerate(["Transformer", "Pooling", "Normalize"]):
-        path = f"{i}_{name}" if i else ""
-        module_type = f"sentence_transformers.models.{name}"
-        modules.append({"idx": i, "name": str(i), "path": path, "type": module_type})
-    write_json(folder / "modules.json", modules if encoder.normalize else modules[:2])
+    module = "sentence_transformers.models"
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": f"{module}.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{module}.Pooling"},
+    ]
+    if encoder.normalize:
+        modules.append(
+            {"idx": 2, "name": "2", "path": "2_Normalize", "type": f"{module}.Normalize"}
+        )
+    write_json(folder / "modules.json", modules)
     pooling = {flag: encoder.pooling == name for name, flag in POOLING_FLAGS.items()}
     pooling["word_embedding_dimension"] = encoder.dimensions
     (folder / "1_Pooling").mkdir(exist_ok=True)

@@ -3,13 +3,12 @@
 What is known to change embeddings and is not implemented ends the program in one line.
 """
 
-import re
 from pathlib import Path
 
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.normalizers import Lowercase, Sequence
@@ -17,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, logging
 from transformers.models.auto import modeling_auto as registry
 
 from support import attempt, fail
-from support.encoder import Encoder, Tokens, forward, pad, pool
+from support.encoder import POOLING_FLAGS, Encoder, Tokens, forward, pad, pool
 from support.files import TORN, read_json
 from support.run import interrupted
 
@@ -27,44 +26,28 @@ logging.disable_progress_bar()
 ARRAY = "encode with sentence-transformers and give the array: cache_teacher.py --teacher X.npy"
 SMALL = ["*.json", "*.txt", "*.model", "*.bpe", "*.codes"]  # all files but weights
 COPIES = ["onnx/*", "openvino/*", "original/*", "consolidated*"]  # of the weights
-PLAINLY = {"output_attentions": False, "chunk_size_feed_forward": 0, "return_dict": True}
-POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}  # sentence-transformers' -> ours
-NUMBER = re.compile(r"\.\d+\.")  # of a layer, as in "encoder.layer.0.output.dense.bias"
-BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$")  # which older files hold
+MODES = {"cls": "cls", "mean": "mean", "last": "lasttoken"}  # our pooling -> their pooling_mode
+BUFFERS = ("attn.bias", "attention.bias", "masked_bias", "inv_freq")  # in older files of weights
 
 
 def model_folder(name):
     """The path of a directory, or of a Hub id's files, downloaded or from the cache."""
+    if Path(name).exists():
+        return Path(name)
     try:
-        if Path(name).exists():
-            return Path(name)
         for weights in ("*.safetensors", "*.bin"):
             wanted = [*SMALL, weights]
             folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=COPIES)
             if list(Path(folder).rglob(weights)):
                 break
         return Path(folder)
+    except GatedRepoError:
+        fail(f"{name} is gated: ask for access on its page of the Hub, then `hf auth login`")
     except (OSError, ValueError) as error:
-        answer = error if isinstance(error, HfHubHTTPError) else error.__cause__
-        missing = isinstance(answer, RepositoryNotFoundError)
-        if isinstance(answer, GatedRepoError):  # which the library counts among the missing ones
-            fail(f"{name} is gated: ask for access on its page of the Hub, then `hf auth login`")
-        if isinstance(answer, HfHubHTTPError) and not missing:
-            fail(f"the Hub does not give {name} now; try again later, or `hf auth login`: {answer}")
         fail(
-            f"cannot find {name}: no such folder, nor on the Hub (offline: `hf download` it before)"
+            f"cannot find {name}: no such folder, and not downloaded from the Hub (offline: "
+            f"`hf download` it before): {error.__cause__ or error}"
         )
-
-
-def read_settings(path, needed=False):
-    """A JSON file of settings; {} if there is no such file, unless it is `needed`."""
-    settings = read_json(path, needed)
-    if not isinstance(settings, dict):
-        fail(f"{path} holds a {type(settings).__name__} in place of settings by name")
-    for key in ("max_seq_length", "model_max_length"):
-        if isinstance(settings.get(key), str):
-            fail(f"{path}: {key} {settings[key]!r} must be a number")
-    return settings
 
 
 def read_declarations(root):
@@ -77,43 +60,37 @@ def read_declarations(root):
     if not path.exists():
         return root, None, None, False, False
     modules = read_json(path)
-    with attempt(f"read {path}: it must list modules", TypeError, KeyError, AttributeError):
-        types = [module["type"] for module in modules]
-        folders = [root / module["path"] for module in modules]
-        names = [t.rpartition(".")[2] for t in types if t.startswith("sentence_transformers.")]
+    types = [module["type"] for module in modules]
+    names = [t.rpartition(".")[2] for t in types if t.startswith("sentence_transformers.")]
     if names != ["Transformer", "Pooling", "Normalize"][: max(2, len(types))]:
         fail(f"{path}: type {types} is more than Transformer and Pooling; {ARRAY}")
-    settings = read_settings(root / "config_sentence_transformers.json")
+    settings = read_json(root / "config_sentence_transformers.json")
     prompts = settings.get("prompts") or {}
     prompt = prompts.get(settings.get("default_prompt_name"))
     if prompt:
         fail(f"{root} puts a prompt before every sentence, {prompt!r}; {ARRAY}")
     if settings.get("truncate_dim"):
         fail(f"{root}: truncate_dim {settings['truncate_dim']} is not implemented; {ARRAY}")
-    folder = folders[0]
+    pooling = read_pooling(root / modules[1]["path"] / "config.json")
+    folder = root / modules[0]["path"]
     path = folder / "sentence_bert_config.json"
     if not path.exists():  # older versions name it after the model: sentence_roberta_config.json
         path = next(folder.glob("sentence_*_config.json"), path)
-    settings = read_settings(path)
+    settings = read_json(path)
     limit = settings.get("max_seq_length")
-    lower = settings.get("do_lower_case", False)
-    return folder, read_pooling(folders[1] / "config.json"), limit, lower, len(names) == 3
+    return folder, pooling, limit, settings.get("do_lower_case", False), len(names) == 3
 
 
 def read_pooling(path):
     """The pooling that the config.json of a Pooling module declares: cls, mean or last."""
-    settings = read_settings(path, needed=True)
-    modes = settings.get("pooling_mode")
-    if isinstance(modes, str):
-        modes = [modes]
-    if not modes:  # older versions: "pooling_mode_cls_token": true, "..._mean_tokens": false
-        flags = [key for key in settings if key.startswith("pooling_mode_") and settings[key]]
-        names = [flag.removeprefix("pooling_mode_").removesuffix("_tokens") for flag in flags]
-        modes = [name.removesuffix("_token") for name in names] or ["mean"]
-    mode = "+".join(modes)
-    if mode not in POOLINGS:
-        fail(f"{path}: pooling_mode {mode} is not implemented; {ARRAY}")
-    return POOLINGS[mode]
+    settings = read_json(path, needed=True)
+    mode = settings.get("pooling_mode")
+    # older versions: "pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false
+    flags = [key for key in settings if key.startswith("pooling_mode_") and settings[key]]
+    for pooling, flag in POOLING_FLAGS.items():
+        if mode == MODES[pooling] or flags == [flag]:
+            return pooling
+    fail(f"{path}: pooling_mode {mode or flags} is not implemented; {ARRAY}")
 
 
 def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, device="cpu"):
@@ -129,37 +106,33 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
     model = load_model(name, folder, dtype).to(device)
     tokenizer, settings = load_tokenizer(name, folder, lower)
     limit = limit or settings.get("model_max_length") or max_length
-    limit = find_limit(name, model, tokenizer, min(max_length, limit))
+    limit = find_limit(model, min(max_length, limit))
     side = (tokenizer.truncation or {}).get("direction", "right")
     tokenizer.enable_truncation(limit, direction=settings.get("truncation_side") or side)
-    attention_type = getattr(model, "attention_type", None)
-    encoder = Encoder(
+    pooling = choose_pooling(name, model.config, pooling, declared)
+    return Encoder(
         model=model,
         tokenizer=tokenizer,
-        special_tokens=find_special_tokens(model, tokenizer, settings),
-        pooling=choose_pooling(name, model.config, pooling, declared),
+        special_tokens=find_special_tokens(model.config, tokenizer, settings),
+        pooling=pooling,
         max_length=limit,
-        widths=layer_widths(model),
+        widths=try_forward(name, model, pooling),
         normalize=normalize,
     )
-    check_vectors(name, encoder, settings.get("model_input_names") or [])
-    if attention_type:  # a BigBird changes its own for good at the first short batch
-        model.set_attention_type(attention_type)
-    return encoder
 
 
 def load_model(name, folder, dtype):
     """The model itself, with all its weights."""
     path = folder / "config.json"
-    settings = read_settings(path, needed=True)
+    settings = read_json(path, needed=True)
     if (folder / "adapter_config.json").exists():
         fail(f"{folder / 'adapter_config.json'}: adapters are not implemented; merge it first")
     for key in ("auto_map", "quantization_config"):  # code of the model's own; quantised weights
         if settings.get(key):
             fail(f"{path}: {key} is not implemented; {ARRAY}")
-    layerdrop = {key: 0.0 for key in settings if "layerdrop" in key}  # a student needs all layers
-    try:
-        config = AutoConfig.from_pretrained(folder, **PLAINLY, **layerdrop)
+    what = f"load {name} (are its files whole, and do they fit each other?)"
+    with attempt(what, *TORN, SafetensorError, ImportError):
+        config = AutoConfig.from_pretrained(folder, output_attentions=False, return_dict=True)
         if config.is_encoder_decoder:
             fail(f"{name} is an encoder-decoder, which is not implemented; {ARRAY}")
         model, report = AutoModel.from_pretrained(
@@ -169,9 +142,6 @@ def load_model(name, folder, dtype):
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (*TORN, SafetensorError, AssertionError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0][:120]  # what follows is advice that does not fit
-        fail(f"cannot load {name}; are its files whole, and do they fit each other? ({reason})")
     check_weights(name, model, report)
     return model
 
@@ -182,10 +152,13 @@ def check_weights(name, model, report):
     missing = sorted(key for key in missing if "pooler" not in key)  # which is not used here
     if missing:
         fail(f"{name}: its files lack {len(missing)} of config.json's weights, as {missing[0]}")
-    layers = {f".{key.partition('.0.')[0]}" for key in model.state_dict() if ".0." in key}
-    for key in sorted(report["unexpected_keys"]):  # those of a head are unexpected, and not used
-        in_a_layer = f".{NUMBER.split(key)[0]}".endswith(tuple(layers))
-        if NUMBER.search(key) and in_a_layer and not BUFFERS.search(key):
+    layers = []  # names of lists of layers, such as ".encoder.layer."
+    for key, part in model.named_modules():
+        if isinstance(part, torch.nn.ModuleList):
+            layers.append(f".{key}.")
+    for key in report["unexpected_keys"]:  # those of a head are unexpected, and not used
+        in_a_layer = any(layer in f".{key}" for layer in layers)
+        if in_a_layer and not key.endswith(BUFFERS):
             fail(f"{name}: a {type(model).__name__} does not use its weight {key}; {ARRAY}")
 
 
@@ -195,16 +168,15 @@ def load_tokenizer(name, folder, lower):
     It is that of tokenizer.json, if there is one: transformers builds some anew from their class.
     """
     path = folder / "tokenizer_config.json"
-    settings = read_settings(folder / "special_tokens_map.json") | read_settings(path)
-    with attempt(f"load the tokenizer of {name}", Exception):  # the library raises nothing narrower
-        if (folder / "tokenizer.json").exists():
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        else:
-            library = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            files = library.vocab_files_names.values()
-            if not library.is_fast or not any((folder / file).exists() for file in files):
-                raise ValueError(f"it has no tokenizer.json; {ARRAY}")
-            tokenizer = library.backend_tokenizer
+    settings = read_json(folder / "special_tokens_map.json") | read_json(path)
+    if (folder / "tokenizer.json").exists():
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    else:
+        library = AutoTokenizer.from_pretrained(folder)
+        files = library.vocab_files_names.values()
+        if not any((folder / file).exists() for file in files):
+            fail(f"{name} has no tokenizer.json; {ARRAY}")
+        tokenizer = library.backend_tokenizer
     tokenizer.no_padding()
     special = tokenizer.encode("a").special_tokens_mask
     refused = {
@@ -216,56 +188,39 @@ def load_tokenizer(name, folder, lower):
     for key, wrong in refused.items():
         if wrong and settings.get(key):
             fail(f"{path}: {key} {settings[key]} is not what tokenizer.json does; {ARRAY}")
-    added = read_settings(folder / "added_tokens.json")
     for number, token in settings.get("added_tokens_decoder", {}).items():
-        added[token["content"]] = int(number)
-    for token, number in added.items():
-        if tokenizer.token_to_id(token) != number:
-            fail(f"{folder}: the added token {token!r} is not in tokenizer.json; {ARRAY}")
-    lower_case = settings.get("do_lower_case")
-    if lower_case is not None and f"lowercase={not lower_case}" in str(tokenizer.normalizer):
-        print(
-            f"{path}: do_lower_case {lower_case} is not followed: tokenizer.json has it otherwise"
-        )
+        if tokenizer.token_to_id(token["content"]) != int(number):
+            fail(f"{path}: the added token {token['content']!r} is not in tokenizer.json; {ARRAY}")
     if lower:  # as sentence-transformers does it
         tokenizer.normalizer = Sequence([Lowercase(), tokenizer.normalizer or Sequence([])])
     return tokenizer, settings
 
 
-def find_special_tokens(model, tokenizer, settings):
-    """Those in the vocabulary, such as {"pad_token": "[PAD]"}; to pad, one with an embedding."""
+def find_special_tokens(config, tokenizer, settings):
+    """Those in the vocabulary, such as {"pad_token": "[PAD]"}; a decoder may pad with [EOS]."""
     tokens = {}
-    for role in ("pad", "cls", "sep", "mask", "unk", "bos", "eos"):
+    for role in ("cls", "sep", "mask", "unk", "bos", "eos", "pad"):
         token = settings.get(f"{role}_token")
         if isinstance(token, dict):
             token = token["content"]
         if token and tokenizer.token_to_id(token) is not None:
             tokens[f"{role}_token"] = token
-    ids = [tokenizer.token_to_id(tokens.pop("pad_token", ""))]
-    for role in ("pad", "eos", "unk"):
-        ids.append(getattr(model.config, f"{role}_token_id", None))
-        ids.append(tokenizer.token_to_id(tokens.get(f"{role}_token", "")))
-    vocabulary = range(len(model.get_input_embeddings().weight))
-    for number in ids:
-        if number in vocabulary and "pad_token" not in tokens:
-            tokens["pad_token"] = tokenizer.id_to_token(number)
+    pad_id = getattr(config, "pad_token_id", None)
+    if "pad_token" not in tokens and pad_id is not None:  # the files of many a BERT name no token
+        tokens["pad_token"] = tokenizer.id_to_token(pad_id)
+    elif "pad_token" not in tokens and "eos_token" in tokens:
+        tokens["pad_token"] = tokens["eos_token"]
     return tokens
 
 
-def find_limit(name, model, tokenizer, limit):
+def find_limit(model, limit):
     """How many tokens of a sentence the model takes: `limit`, unless its positions end before."""
-    config = model.config
-    positions = getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0)
+    positions = getattr(model.config, "max_position_embeddings", 0)
     for key, part in model.named_modules():  # some count positions from the padding token's id
         padding = getattr(part, "padding_idx", None)
         if "position_embeddings" in key and padding is not None:
             positions = len(part.weight) - padding - 1
-    if positions > 0:
-        limit = min(limit, positions)
-    special = tokenizer.num_special_tokens_to_add(False)
-    if limit <= special:
-        fail(f"{name}: {limit} tokens leave none of a sentence beside the {special} special ones")
-    return int(limit)
+    return min(limit, positions) if positions > 0 else limit
 
 
 def choose_pooling(name, config, asked, declared):
@@ -288,33 +243,20 @@ def choose_pooling(name, config, asked, declared):
 
 
 @torch.inference_mode()
-def layer_widths(model):
-    """The width of each of the L layers."""
-    ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)
-    states = forward(model, {"input_ids": ids}, output_hidden_states=True).hidden_states
-    return tuple(hidden.shape[-1] for hidden in states[1:])
+def try_forward(name, model, pooling):
+    """The width of each of the L layers. Ends the program if a vector depends on its batch.
 
-
-@torch.inference_mode()
-def check_vectors(name, encoder, input_names):
-    """End the program if a sentence's vector depends on its batch, or on token types.
-
-    Some models see padding in spite of the mask, and none is given token types here.
+    Some models see padding in spite of the mask.
     """
-    model = encoder.model
-    short, long = encoder.tokenizer.encode_batch(["a", "a b c d e f g h"])
-    ids = np.array(short.ids + long.ids) % len(model.get_input_embeddings().weight)
-    tokens = Tokens(ids, np.array([0, len(short), len(ids)]))
-    alone = pad(tokens, [0], model)
-    batches = {"is alone": alone, "is beside a longer one": pad(tokens, [0, 1], model)}
-    if "token_type_ids" in input_names:
-        types = torch.tensor([short.type_ids], device=model.device)
-        batches["has token_type_ids"] = alone | {"token_type_ids": types}
+    tokens = Tokens(np.arange(1, 13), np.array([0, 3, 12]))  # two sentences: of 3 and of 9 tokens
+    vectors = []  # of the first sentence: alone, and beside the longer one
+    for rows in ([0], [0, 1]):
+        batch = pad(tokens, rows, model)
+        output = forward(model, batch, output_hidden_states=True)
+        pooled = pool(output.last_hidden_state, batch["attention_mask"], pooling)
+        vectors.append(pooled[0].float())
+    alone, beside = vectors
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1  # half precision rounds
-    vectors = []
-    for case, batch in batches.items():
-        hidden = forward(model, batch).last_hidden_state
-        vectors.append(pool(hidden, batch["attention_mask"], encoder.pooling)[0].float())
-        difference = (vectors[-1] - vectors[0]).norm()
-        if difference > tolerance * vectors[0].norm():
-            fail(f"{name}: a sentence gets another vector where it {case}; take another model")
+    if (beside - alone).norm() > tolerance * alone.norm():
+        fail(f"{name}: a sentence gets another vector beside a longer one; take another model")
+    return tuple(hidden.shape[-1] for hidden in output.hidden_states[1:])
