@@ -32,7 +32,6 @@ TEXT_FILES = {
     "number.jsonl": [{"text": 3}],
     "few-fields.csv": "text,source\na,b\nc\n",
     "comma.csv": "text,source\na, b,c\n",
-    "quote.tsv": 'text\na\n"b\nc"\nd\n',
     "cut.jsonl": '{"text": "a"}\n{"text": "b',
     "utf-16.txt": "a dog".encode("utf-16"),
     "three.txt": "a dog\na cat\na bird\n",
@@ -53,7 +52,7 @@ TEXT_FILES = {
     "new-label/mine/test.jsonl": [A_TEXT, B_TEXT],
     "new-label/mine/train.jsonl": [A_TEXT, A_TEXT],
     "in-domain/sts/test.jsonl": STS,
-    "in-domain/tasks.json": {"in_domain": ["other"]},
+    "in-domain/tasks.json": {"in_domain": "sts"},
 }
 
 
@@ -127,7 +126,6 @@ def content_of(folder):
         ("cache --corpus number.jsonl", "a column named text"),
         ("cache --corpus few-fields.csv", "few-fields.csv, line 3"),
         ("cache --corpus comma.csv", "comma.csv, line 2"),
-        ("cache --corpus quote.tsv", "quote.tsv, line 3"),
         ("cache --corpus cut.jsonl", "cut.jsonl, line 2"),
         ("cache --corpus utf-16.txt", "save it as UTF-8"),
         ("cache --corpus three.txt", "3 sentences with 4 different words are too small"),
