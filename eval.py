@@ -103,7 +103,7 @@ def load_tasks(data, names):
         in_domain = IN_DOMAIN
     else:
         available = sorted(path.name for path in Path(data).glob("[!._]*/"))
-        in_domain = read_in_domain(Path(data, "tasks.json"))
+        in_domain = read_in_domain(Path(data, "tasks.json"), available)
     if not available:
         fail(f"--data {data} is neither demo nor hub, nor a folder with TASK/test.jsonl in it")
     names = names or available
@@ -117,21 +117,23 @@ def load_tasks(data, names):
     return {name: tasks[name] for name in order}, in_domain
 
 
-def read_in_domain(path):
-    """The names of the in-domain tasks in a tasks.json; the paper's if it names none."""
-    in_domain = read_json(path).get("in_domain", IN_DOMAIN)
-    if not isinstance(in_domain, list):
-        fail(f"{path}: in_domain must be a list of task names; it is {in_domain!r}")
+def read_in_domain(path, available):
+    """The names of the in-domain tasks in a tasks.json; the paper's if there is no such file."""
+    if not path.exists():
+        return IN_DOMAIN
+    in_domain = read_json(path).get("in_domain")
+    if not isinstance(in_domain, list) or not set(in_domain) <= set(available):
+        fail(f"{path}: in_domain must be a list of tasks: some of {', '.join(available)}")
     return in_domain
 
 
 def read_split(data, task, split):
-    """The rows of a task's split: from the Hub, a .csv file, or a .jsonl file if there is none."""
+    """The rows of a task's split: from the Hub, a .jsonl file, or a .csv file if there is none."""
     if data == "hub":
         return load_hub_split(task, split)
     jsonl = Path(data, task, f"{split}.jsonl")
     table = jsonl.with_suffix(".csv")
-    return read_table(table if table.exists() else jsonl)
+    return read_table(table if table.exists() and not jsonl.exists() else jsonl)
 
 
 def load_task(data, name):

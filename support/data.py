@@ -61,6 +61,8 @@ def read_csv(path, text):
         for row in reader:
             if None in row or None in row.values():  # surplus fields have the key None
                 raise csv.Error(f"it does not have {len(columns)} fields; quote one with a comma")
+            if delimiter == "\t" and "\n" in "".join(row.values()):
+                raise csv.Error('a field begins with " and runs on to the next line')
             rows.append(row)
     except csv.Error as error:
         fail(f"cannot read {path}, line {reader.line_num}: {error}")

@@ -53,6 +53,9 @@ TEXT_FILES = {
     "new-label/mine/train.jsonl": [A_TEXT, A_TEXT],
     "in-domain/sts/test.jsonl": STS,
     "in-domain/tasks.json": {"in_domain": "sts"},
+    "misspelled/sts/test.jsonl": STS,
+    "misspelled/tasks.json": {"in_domain": ["stsb"]},
+    "quotation.tsv": 'text\na\n"b\nc"\nd\n',
 }
 
 
@@ -125,6 +128,7 @@ def content_of(folder):
         ("cache --corpus no-text.csv", "a column named text"),
         ("cache --corpus number.jsonl", "a column named text"),
         ("cache --corpus few-fields.csv", "few-fields.csv, line 3"),
+        ("cache --corpus quotation.tsv", "runs on to the next line"),
         ("cache --corpus comma.csv", "comma.csv, line 2"),
         ("cache --corpus cut.jsonl", "cut.jsonl, line 2"),
         ("cache --corpus utf-16.txt", "save it as UTF-8"),
@@ -185,6 +189,7 @@ def content_of(folder):
         ("eval bert --data no-label", "row 2 of mine, train"),
         ("eval bert --data new-label", "train lacks"),
         ("eval bert --data in-domain", "tasks.json"),
+        ("eval bert --data misspelled", "tasks.json"),
         ("eval nan-bert", "not finite"),
     ],
 )
