@@ -2,13 +2,16 @@
 
 import ast
 import json
+import math
 import os
 import re
+import runpy
 import statistics
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, TEXTS, write_files
@@ -66,35 +69,48 @@ def test_make_needs_no_torch_and_says_what_it_wrote(tmp_path):
     assert (tmp_path / "key/talas.py").read_text("utf-8") == SOLUTION
 
 
-def test_mistakes_of_the_teacher_are_one_line(tmp_path, ends_with_one_line):
+def test_mistakes_of_the_teacher_are_one_line(tmp_path, monkeypatch, ends_with_one_line):
     ends_with_one_line(lambda: make.main([str(tmp_path)]), "exists")
     ends_with_one_line(lambda: make.main(["/proc/starter"]), "cannot write /proc/starter")
     ends_with_one_line(lambda: grade.main(["8"]), "no exercise 8")
-    command = [sys.executable, make.HERE / "grade.py"]
-    in_the_project = subprocess.run(command, capture_output=True, text=True)
-    assert in_the_project.returncode == 2
-    assert re.fullmatch("error: No module named 'cache_teacher'; .*\n", in_the_project.stderr)
+    monkeypatch.setitem(sys.modules, "checks", None)  # cannot be imported
+    ends_with_one_line(lambda: runpy.run_path(grade.__file__), "run grade.py in the folder that")
 
 
-def test_gradescope(tmp_path):
-    """Nothing uploaded: 0 points, and why. The solution: 100, whatever the folder student holds."""
+@pytest.fixture
+def autograder(tmp_path, monkeypatch):
+    """The folder of Gradescope's autograder, with the kit and nothing uploaded."""
     make.main(["--gradescope", str(tmp_path / "kit.zip")])
     with zipfile.ZipFile(tmp_path / "kit.zip") as kit:
         kit.extractall(tmp_path / "source")
         assert kit.getinfo("run_autograder").external_attr >> 16 & 0o100  # it can be executed
     for folder in ("submission", "results"):
         (tmp_path / folder).mkdir()
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"AUTOGRADER": str(tmp_path), "PATH": path, "OMP_NUM_THREADS": "1"}
-    totals = []
-    for output in ("There is no talas.py", ""):
-        subprocess.run(["bash", tmp_path / "source/run_autograder"], env=environment, check=True)
-        results = json.loads((tmp_path / "results/results.json").read_text())
-        assert results.get("output", "")[:20] == output
-        totals.append(sum(test["score"] for test in results["tests"]))
-        (tmp_path / "results/results.json").unlink()
-        write_files(tmp_path / "submission", {"talas.py": SOLUTION, "student/talas.json": {}})
-    assert totals == [0, 100]
+    monkeypatch.setenv("AUTOGRADER", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+def test_gradescope_gives_the_solution_100_points(autograder):
+    write_files(autograder / "submission", {"talas.py": SOLUTION})
+    subprocess.run(["bash", autograder / "source/run_autograder"], check=True)
+    results = json.loads((autograder / "results/results.json").read_text())
+    assert results.keys() == {"tests"}
+    assert sum(test["score"] for test in results["tests"]) == 100
+
+
+def test_gradescope_without_talas_py_says_so_and_scores_the_student(autograder, monkeypatch):
+    """A student over the budget, which grade.py refuses, does not end the script."""
+    fake_python = '#!/bin/sh\necho "$1 $2" >> "$AUTOGRADER/calls"\ntest "$2" = --json\n'
+    write_files(autograder, {"bin/python": fake_python, "submission/student/talas.json": {}})
+    (autograder / "bin/python").chmod(0o700)
+    monkeypatch.setenv("PATH", f"{autograder}/bin:{os.environ['PATH']}")
+    subprocess.run(["bash", autograder / "source/run_autograder"], check=True)
+    results = json.loads((autograder / "results/results.json").read_text())
+    assert results["output"].startswith("There is no talas.py")
+    calls = (autograder / "calls").read_text()
+    assert calls == "grade.py --json\ngrade.py --leaderboard\n"
 
 
 # --------------------------------------------------------------------------------- the leaderboard
@@ -220,14 +236,20 @@ def test_a_mistake_loses_its_checks_alone(case):
 
 
 @pytest.mark.parametrize(
-    "mistake, line",
+    "tamd, lambda_max, line",
     [
-        ("ASAM.descent_step = ASAM.restore", "tamd after ten steps"),
-        ("largest_hessian_eigenvalue = lambda *_: float('nan')", "λ_max after five steps"),
+        (0.96, 3.0, "tamd after ten steps"),
+        (0.94, math.nan, "λ_max after five steps"),
+        (0.94, -3.0, "λ_max after five steps"),
     ],
 )
-def test_exercise_7_needs_a_student_that_learns(mistake, line):
-    passed, found = grade.judge(checks.CHECKS[-1], loaded(mistake))
+def test_exercise_7_needs_a_student_that_learns(tamd, lambda_max, line):
+    def main(argv):
+        output = argv[argv.index("--output") + 1]
+        log = [{"tamd": 1.0}, {"tamd": tamd}, {"lambda_max": lambda_max}]
+        write_files(output, {"metrics.jsonl": log})
+
+    passed, found = grade.judge(checks.CHECKS[-1], SimpleNamespace(main=main))
     assert not passed
     assert line in found
 
