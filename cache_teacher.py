@@ -124,7 +124,7 @@ def make_cache(args, request, recipe, teacher, texts, sources, embeddings):
 
     A sentence whose embedding is zero has no target and is removed: lsa may know none of its words.
     """
-    kept = [i for i, row in enumerate(embeddings) if row.any()]
+    kept = embeddings.any(dim=1).nonzero().flatten().tolist()
     if not kept:
         fail(f"{args.teacher}: all embeddings are zero")
     if len(kept) < len(texts):
