@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
@@ -294,6 +293,7 @@ def test_algorithm1_each_step_of_each_seed_has_its_own_dropout_and_each_seed_its
     first_projections = set()
 
     def look(n, objective):
+        assert objective.training  # dropout is on
         random_states.add(torch.get_rng_state().numpy().tobytes())
         if n in (1, 7):
             first_projections.add(objective.projections[0].sum().item())
@@ -305,23 +305,15 @@ def test_algorithm1_each_step_of_each_seed_has_its_own_dropout_and_each_seed_its
     assert len(first_projections) == 2
 
 
-def test_a_run_can_be_repeated_and_looking_at_it_changes_nothing(here, monkeypatch):
+def test_a_run_can_be_repeated_and_looking_at_it_changes_nothing(here):
     small_bert("small", num_hidden_layers=1, hidden_size=16, intermediate_size=16)
     settings = {"student": "small", "lambda3": 0, "anchored_layers": 1, "epochs": 2}
     run(output="plain", **settings)
     torch.rand(7)  # nothing depends on what was drawn before
-    train = talas.train
-
-    def train_and_keep(s, corpus, objective):
-        objective.eval()  # train has to switch dropout on
-        train(s, corpus, objective, keep_epochs="kept")
-
-    monkeypatch.setattr(talas, "train", train_and_keep)
     run(output="watched", sharpness=True, **settings)
     student, projections, steps, epochs = result("watched")
     assert result("plain")[:3] == (student, projections, steps)
     assert [line["lambda_max"] > 0 for line in epochs] == [True, True]
-    assert load_encoder("kept/2").layers == 1
 
 
 # ----------------------------------------------------------- every setting reaches what it sets
@@ -399,12 +391,10 @@ def test_table2_a_term_of_weight_0_is_not_computed(here, settings, expected):
     assert line.keys() - {"step", "epoch", "loss", "lr", "ms_per_step", "memory_mb"} == expected
 
 
-def test_without_tamd_a_corpus_does_what_a_cache_does(here):
-    run(output="cache", epochs=1, lambda2=0)
-    run(output="corpus", epochs=1, lambda2=0, teacher="corpus.jsonl")
-    assert result("cache") == result("corpus")
-    assert torch.load("corpus/projections.pt") == []
-    record = json.loads(Path("corpus/talas.json").read_text())
+def test_without_tamd_a_corpus_is_enough(here):
+    run(epochs=1, lambda2=0, teacher="corpus.jsonl")
+    assert torch.load("out/projections.pt") == []
+    record = json.loads(Path("out/talas.json").read_text())
     assert record["teacher"] is None
     assert record["corpus"] == fingerprint(SENTENCES)
 
@@ -442,22 +432,13 @@ def test_the_card_names_base_model_method_task_and_example(tmp_path):
     assert ModelCard.load(path).data.base_model is None  # it is a local folder
 
 
-def contents(folder):
-    """{path: bytes} of the files below a folder."""
-    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
-
-
-def test_overwrite_replaces_a_model_and_leaves_other_files(folder, ends_with_one_line):
+def test_overwrite_replaces_a_model_and_leaves_other_files(folder):
     small_bert("out", num_hidden_layers=2)
     write_files("out", {"special_tokens_map.json": {}, "adapter_config.json": {}, "vocab.txt": "a"})
     write_files("out", {"README.md": "My own.", "notes.txt": "My notes."})
-    before = contents("out")
-    ends_with_one_line(run, "out exists", "--overwrite")
-    assert contents("out") == before
     run(overwrite=True)
     assert result("out") == result("whole")
-    names = {path.name for path in Path("out").iterdir()}
-    assert names - {path.name for path in Path("whole").iterdir()} == {"notes.txt"}
+    assert set(os.listdir("out")) - set(os.listdir("whole")) == {"notes.txt"}
     assert Path("out/README.md").read_text() == "My own."
 
 
@@ -531,10 +512,6 @@ def limit_file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-def kill_before_the_log():
-    runs.Log.end_epoch = kill
-
-
 def kill_before_an_epoch_is_kept():
     talas.save_student = kill
 
@@ -573,10 +550,7 @@ def before_step(number, action):
 
 KILLED, KILLED_BY_LIMIT = -signal.SIGKILL, -signal.SIGXFSZ
 INTERRUPTIONS = [
-    pytest.param(2, press_ctrl_c, 2, id="Ctrl-C in the first epoch"),
-    pytest.param(5, press_ctrl_c, 2, id="Ctrl-C in the second epoch"),
-    pytest.param(5, kill, KILLED, id="in a step"),
-    pytest.param(6, kill_before_the_log, KILLED, id="before the log"),
+    pytest.param(5, press_ctrl_c, 2, id="Ctrl-C"),
     pytest.param(6, kill_before_an_epoch_is_kept, KILLED, id="before an epoch is kept"),
     pytest.param(6, kill_before_the_checkpoint, KILLED, id="between log and checkpoint"),
     pytest.param(6, kill_in_a_large_file, KILLED_BY_LIMIT, id="in a checkpoint"),
@@ -636,16 +610,8 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_checkpoint(folder, monkeypatch
     assert result("out") == result("whole")
 
 
-def test_a_full_temporary_folder_does_not_matter(here, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", "missing")
-    run(epochs=1)
-    assert Path("out/talas.json").exists()
-
-
 OTHER_FILES = [
     {"config.json": {"hidden_dropout_prob": 0.2}},
-    {"config.json": {"hidden_act": "relu"}},
-    {"sentence_bert_config.json": {"max_seq_length": 33}},
     {"1_Pooling/config.json": {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}},
     {"tokenizer.json": {"decoder": None}},
 ]
@@ -653,7 +619,7 @@ OTHER_FILES = [
 
 @pytest.mark.parametrize("files", OTHER_FILES)
 def test_a_run_with_another_student_is_not_resumed(folder, files, ends_with_one_line):
-    for name in ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json"):
+    for name in ("modules.json", "1_Pooling/config.json"):
         write_files("bert", {name: Path("whole", name).read_bytes()})
     write_files("bert", files)
     ends_with_one_line(partial(run, output="cut", resume=True), "another student or corpus")
@@ -691,8 +657,6 @@ def test_an_interrupted_run_is_no_model_and_is_not_lost_by_mistake(folder, ends_
     content[len(content) // 2] ^= 1
     Path("cut/checkpoint.pt").write_bytes(content)
     ends_with_one_line(partial(run, output="cut", resume=True), "checkpoint.pt", "damaged")
-    run(output="cut", overwrite=True)
-    assert result("cut") == result("whole")
     torch.save({"model": 1}, "bert/checkpoint.pt")  # another program's, without metrics.jsonl
     assert load_encoder("bert").layers == 3
 
@@ -745,7 +709,6 @@ def test_two_processes_resume_as_two(here, ends_with_one_line):
         run(output="large", batch_size=25)
 
     assert in_two_processes(whole_run) == [0, 0]
-    assert in_two_processes(whole_run) == [2, 2]  # it exists
     assert in_two_processes(too_large_run) == [2, 2]  # 48 sentences are too few
     assert in_two_processes(killed_run)[0] == KILLED
     ends_with_one_line(partial(run, batch_size=24, resume=True), "number of processes")
@@ -754,17 +717,24 @@ def test_two_processes_resume_as_two(here, ends_with_one_line):
 
 
 # --------------------------------------------------------------------------------------- mistakes
+def contents(folder):
+    """{path: bytes} of the files below a folder."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
 MISTAKES = [
+    ({"eta": -0.1}, "--eta -0.1: it must be at least 0"),
+    ({"temperature": math.nan}, "--temperature nan: it must be above 0"),
     ({"warmup_ratio": 2}, "--warmup_ratio 2.0: it is a fraction"),
     ({"lambda1": 0, "lambda2": 0, "lambda3": 0}, "all 0"),
     ({"batch_size": 1}, "--batch_size 1: Eqs. 5 and 6"),
     ({"batch_size": 49}, "--batch_size 49: the corpus has only 48"),
     ({"anchored_layers": 4}, "--anchored_layers 4: bert has 3 layers"),
     ({"lasd_layers": 1}, "--lasd_layers 1: Eq. 5 chains two"),
-    ({"lasd_layers": 4}, "--lasd_layers 4: Eq. 5 chains two or more of bert's 3"),
     ({"device": "abacus"}, "--device abacus"),
     ({"resume": True}, "--resume: out holds no run"),
     ({"resume": True, "output": "whole"}, "whole is a finished run"),
+    ({"output": "whole"}, "whole exists"),
     ({"overwrite": True, "output": "bert"}, "--output bert is the --student itself"),
     ({"output": "bert/config.json"}, "--output bert/config.json is a file"),
 ]
@@ -779,7 +749,6 @@ def test_a_mistake_is_one_line_and_changes_nothing(folder, settings, message, en
 
 DIVERGING = [
     ({"lr": 1e18}, "step 2: simcse is not finite; try a lower --lr or --rho"),
-    ({"rho": 1e18}, "step 1: sharpness_gap is not finite; try a lower --lr or --rho"),
     ({"lr": 1e38, "batch_size": 48}, "epoch 1 left weights that are not finite"),
 ]
 
@@ -792,24 +761,21 @@ def test_a_run_that_diverges_is_one_line_and_leaves_no_checkpoint(
     assert [path.name for path in Path("out").iterdir()] == ["metrics.jsonl"]
 
 
-NOT_0 = ["temperature", "anchored_layers", "lr", "projection_lr_scale", "epochs", "batch_size"]
+POSITIVE = [
+    "temperature",
+    "anchored_layers",
+    "lr",
+    "projection_lr_scale",
+    "epochs",
+    "batch_size",
+    "max_length",
+]
 
 
-@pytest.mark.parametrize("name", [*NOT_0, "max_length"])
+@pytest.mark.parametrize("name", POSITIVE)
 def test_a_setting_that_must_be_above_0(name, ends_with_one_line):
-    for wrong in (0, math.nan):
-        settings = replace(Settings(), **{name: wrong})
-        line = f"--{name} {wrong}: it must be above 0"
-        ends_with_one_line(partial(runs.check_settings, settings), line)
-
-
-@pytest.mark.parametrize("name", ["rho", "eta", "weight_decay", "warmup_ratio", "disam_lambda"])
-def test_a_setting_that_may_be_0(name, ends_with_one_line):
-    runs.check_settings(replace(Settings(), **{name: 0}))
-    settings = replace(Settings(), **{name: -0.1})
-    ends_with_one_line(
-        partial(runs.check_settings, settings), f"--{name} -0.1: it must be at least"
-    )
+    settings = replace(Settings(), **{name: 0})
+    ends_with_one_line(partial(runs.check_settings, settings), f"--{name} 0: it must be above 0")
 
 
 # --------------------------------------------------------------------------------------- the demo
