@@ -245,7 +245,7 @@ def dry_run(encoder, corpus, output, two_views):
         first, second = pooled_layers(encoder, views)[-1].chunk(2)
     if two_views and torch.equal(first, second):
         print("the student has no dropout: the two views that SimCSE compares are the same")
-    if "pad_token" not in encoder.special_tokens:
+    if not encoder.special_tokens.get("pad_token"):
         fail("the student has no token to pad with; name a pad_token in its tokenizer_config.json")
     with (
         attempt(f"save next to --output {output}", OSError, SafetensorError),

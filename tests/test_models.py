@@ -277,12 +277,6 @@ def test_batches_and_slices_keep_their_order(bert):
         assert batch["attention_mask"][i].tolist() == [1] * len(ids) + padding
 
 
-def test_embeddings_that_overflow_are_refused(bert, ends_with_one_line):
-    encoder = load_encoder(bert, dtype=torch.float16)
-    encoder.model.encoder.layer[-1].output.LayerNorm.weight.data.fill_(6e4)
-    ends_with_one_line(lambda: embed(encoder), "torch.float16", "not finite")
-
-
 # ------------------------------------------------------------- models whose vectors would be wrong
 def test_a_vector_that_depends_on_its_batch_is_refused(tmp_path, ends_with_one_line):
     config = SMALL_BERT | {"embedding_size": 32}
@@ -345,18 +339,14 @@ def test_ids_are_those_of_tokenizer_json_whatever_class_is_named(tmp_path):
     save_encoder(tmp_path / "saved", encoder)
     library = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert library(TEXTS)["input_ids"] == ids_alone(folder)
-    assert_same_vectors(by_sentence_transformers(tmp_path / "saved"), embed_alone(folder, "cls"))
 
 
-def test_a_vocabulary_alone_is_read_by_its_class(bert, tmp_path):
+def test_a_vocabulary_alone_is_read_by_its_class(bert):
     expected = ids_alone(bert)
     vocabulary = load_encoder(bert).tokenizer.get_vocab()
     lines = "\n".join(sorted(vocabulary, key=vocabulary.get))
     write_files(bert, {"vocab.txt": lines, "tokenizer.json": None})
-    encoder = load_encoder(bert)
-    assert token_ids(encoder) == expected
-    save_encoder(tmp_path / "saved", encoder)
-    assert ids_alone(tmp_path / "saved") == expected
+    assert token_ids(load_encoder(bert)) == expected
 
 
 def test_more_tokens_than_embeddings_matter_only_where_they_occur(tmp_path, ends_with_one_line):
@@ -558,17 +548,13 @@ def test_neither_a_pooler_nor_float32_weights_are_needed(bert):
     AutoModel.from_pretrained(bert).half().save_pretrained(bert)
     assert load_encoder(bert).model.dtype == torch.float32
     assert_same_vectors(embed(load_encoder(bert)), embed_alone(bert, "cls"))
-    half = load_encoder(bert, dtype=torch.bfloat16)
-    assert half.model.dtype == torch.bfloat16
-    assert embed(half).dtype == torch.float32
 
 
-def test_settings_of_how_a_model_runs_change_nothing(bert, tmp_path):
+def test_settings_of_how_a_model_runs_change_nothing(bert):
     expected = embed(load_encoder(bert))
     config = {"output_attentions": True, "output_hidden_states": True, "return_dict": False}
     encoder = load_encoder(write_files(bert, {"config.json": config}))
     assert torch.equal(embed(encoder), expected)
-    dry_run(encoder, small_corpus(encoder), tmp_path / "student", two_views=True)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
@@ -613,15 +599,10 @@ def test_what_the_hub_answers_is_said(error, words, monkeypatch, ends_with_one_l
     ends_with_one_line(lambda: load_encoder("an/author"), words)
 
 
-def test_what_was_downloaded_runs_without_a_network(bert, ends_with_one_line, monkeypatch):
+def test_what_was_downloaded_runs_without_a_network(bert, ends_with_one_line):
     """In the cache of the Hub, a branch is a file that holds the name of a snapshot's folder."""
     ends_with_one_line(lambda: load_encoder("an/author"), "no such folder", "hf download")
     cached = Path(HF_HUB_CACHE, "models--an--author")
     shutil.copytree(bert, cached / "snapshots" / "0123abc")
     write_files(cached, {"refs/main": "0123abc"})
     assert_same_vectors(embed(load_encoder("an/author")), embed_alone(bert, "cls"))
-    monkeypatch.chdir(bert.parent)
-    local = shutil.copytree(bert, Path("an", "author"))  # a folder comes first
-    declared = {"modules.json": modules(TRANSFORMER, POOLING), POOLING_CONFIG: MEAN}
-    write_files(local, declared)
-    assert load_encoder("an/author").pooling == "mean"
