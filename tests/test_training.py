@@ -346,9 +346,7 @@ def test_the_defaults_are_the_papers_and_those_of_the_readme():
     }
 
 
-def test_tiny_has_its_own_settings_unless_they_are_set(capsys):
-    assert talas.parse_settings([]) == Settings(lr=5e-3, epochs=1)
-    assert "--lr 0.005, --epochs 1" in capsys.readouterr().out
+def test_tiny_has_its_own_settings_unless_they_are_set():
     assert talas.parse_settings(["--epochs", "7"]) == Settings(lr=5e-3, epochs=7)
     assert talas.parse_settings(["--student", "bert"]) == Settings(student="bert")
 
@@ -418,8 +416,6 @@ def test_the_card_names_base_model_method_task_and_example(tmp_path):
     assert card.data.library_name == "sentence-transformers"
     for words in ("`BAAI/bge-m3`", '("my-student")', '"lr": 0.1', " 2.5"):
         assert words in card.text
-    runs.write_card(path, replace(s, student=str(tmp_path)), record)
-    assert ModelCard.load(path).data.base_model is None  # it is a local folder
 
 
 def test_overwrite_replaces_a_model_and_leaves_other_files(folder):
@@ -451,41 +447,27 @@ def test_table3_memory_is_in_megabytes():
     assert runs.memory_mb(torch.device("cpu")) == pytest.approx(kilobytes / 1024, rel=0.05)
 
 
-class FakeMachine:
-    """A clock, and the peak of an accelerator's memory."""
-
-    now, peak = 100.0, 9000
-
-    def perf_counter(self):
-        return self.now
-
-    def memory_mb(self, device):
-        """The peak since the last call."""
-        peak, self.peak = self.peak, 0
-        return peak
-
-
 def test_table3_a_line_covers_its_own_steps(tmp_path, monkeypatch):
-    """Two epochs of 15 steps of 5 ms; between them 9 s and 7 GB, which are of no step."""
-    machine = FakeMachine()
-    monkeypatch.setattr(runs.time, "perf_counter", machine.perf_counter)
-    monkeypatch.setattr(runs, "memory_mb", machine.memory_mb)
+    """Two epochs of 15 steps of 5 ms; between them 9 s, which are of no step."""
+    clock = Mock(return_value=100.0)
+    monkeypatch.setattr(runs.time, "perf_counter", clock)
+    memory_mb = Mock(return_value=7)
+    monkeypatch.setattr(runs, "memory_mb", memory_mb)
     log = runs.Log(Settings(output=str(tmp_path), epochs=2), 15, 0, torch.device("cpu"))
-    for epoch, step in product(range(2), range(15)):
-        if step == 0:
-            machine.now += 9
-            machine.peak = 7000
-            log.begin_epoch()
-        machine.now += 0.005
-        machine.peak = max(machine.peak, step)
-        log.step({"loss": torch.tensor(float(step))}, lr=epoch)
+    for epoch in range(2):
+        clock.return_value += 9
+        log.begin_epoch()
+        for step in range(15):
+            clock.return_value += 0.005
+            log.step({"loss": torch.tensor(float(step))}, lr=epoch)
     lines, _ = metrics(tmp_path)
     assert [line["step"] for line in lines] == [10, 15, 20, 30]  # each tenth, an epoch's last
     assert [line["epoch"] for line in lines] == [1, 1, 2, 2]
     assert [line["loss"] for line in lines] == [4.5, 12, 2, 9.5]  # means
     assert [line["lr"] for line in lines] == [0, 0, 1, 1]
     assert [line["ms_per_step"] for line in lines] == pytest.approx([5, 5, 5, 5])
-    assert [line["memory_mb"] for line in lines] == [9, 14, 4, 14]  # peaks
+    assert [line["memory_mb"] for line in lines] == [7, 7, 7, 7]
+    assert memory_mb.call_count == 2 + 4  # each call starts a new peak: at an epoch, at a line
 
 
 # ---------------------------------------------------------------------------------- interruptions
@@ -536,9 +518,10 @@ def before_step(number, action):
 
 KILLED, KILLED_BY_LIMIT = -signal.SIGKILL, -signal.SIGXFSZ
 INTERRUPTIONS = [
+    pytest.param(3, kill_in_a_large_file, KILLED_BY_LIMIT, id="in the first checkpoint"),
     pytest.param(5, press_ctrl_c, 2, id="Ctrl-C"),
     pytest.param(6, kill_before_the_checkpoint, KILLED, id="between log and checkpoint"),
-    pytest.param(6, kill_in_a_large_file, KILLED_BY_LIMIT, id="in a checkpoint"),
+    pytest.param(6, kill_in_a_large_file, KILLED_BY_LIMIT, id="in the second checkpoint"),
     pytest.param(9, kill_in_the_last_save, KILLED, id="in the last save"),
 ]
 
@@ -561,19 +544,6 @@ def test_a_resumed_run_ends_as_one_that_nothing_interrupted(
     assert sorted(os.listdir("kept")) == ["1", "2", "3"]
     kept_student = Path("kept/3/model.safetensors").read_bytes()
     assert kept_student == Path("whole/model.safetensors").read_bytes()
-
-
-def test_a_run_killed_in_its_first_save_can_be_resumed(folder):
-    """It overwrites an earlier run."""
-    run(seed=1, epochs=1)
-
-    def killed_run():
-        before_step(3, kill_in_a_large_file)
-        run(overwrite=True)
-
-    assert in_a_process(killed_run) == KILLED_BY_LIMIT
-    run(resume=True)
-    assert result("out") == result("whole")
 
 
 def test_a_disk_that_is_full_at_the_end_keeps_the_checkpoint(folder, monkeypatch):
@@ -695,12 +665,10 @@ MISTAKES = [
     ({"batch_size": 49}, "--batch_size 49: the corpus has only 48"),
     ({"anchored_layers": 4}, "--anchored_layers 4: bert has 3 layers"),
     ({"lasd_layers": 1}, "--lasd_layers 1: Eq. 5 chains two"),
-    ({"device": "abacus"}, "--device abacus"),
     ({"resume": True}, "--resume: out holds no run"),
     ({"resume": True, "output": "whole"}, "whole is a finished run"),
     ({"output": "whole"}, "whole exists"),
     ({"overwrite": True, "output": "bert"}, "--output bert is the --student itself"),
-    ({"output": "bert/config.json"}, "--output bert/config.json is a file"),
 ]
 
 
