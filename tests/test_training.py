@@ -289,7 +289,7 @@ def test_algorithm1_each_step_of_each_seed_has_its_own_dropout_and_each_seed_its
     first_projections = set()
 
     def look(n, objective):
-        assert objective.training  # dropout is on
+        assert objective.model.training  # dropout is on
         random_states.add(torch.get_rng_state().numpy().tobytes())
         if n in (1, 7):
             first_projections.add(objective.projections[0].sum().item())
