@@ -60,7 +60,9 @@ def read_declarations(root):
     if not path.exists():
         return root, None, None, False, False
     modules = read_json(path)
-    types = [module["type"] for module in modules]
+    with attempt(f"read {path} as a list of modules, each with type and path", KeyError, TypeError):
+        types = [module["type"] for module in modules]
+        folders = [root / module["path"] for module in modules]
     names = [t.rpartition(".")[2] for t in types if t.startswith("sentence_transformers.")]
     if names != ["Transformer", "Pooling", "Normalize"][: max(2, len(types))]:
         fail(f"{path}: type {types} is more than Transformer and Pooling; {ARRAY}")
@@ -71,8 +73,8 @@ def read_declarations(root):
         fail(f"{root} puts a prompt before every sentence, {prompt!r}; {ARRAY}")
     if settings.get("truncate_dim"):
         fail(f"{root}: truncate_dim {settings['truncate_dim']} is not implemented; {ARRAY}")
-    pooling = read_pooling(root / modules[1]["path"] / "config.json")
-    folder = root / modules[0]["path"]
+    pooling = read_pooling(folders[1] / "config.json")
+    folder = folders[0]
     path = folder / "sentence_bert_config.json"
     if not path.exists():  # older versions name it after the model: sentence_roberta_config.json
         path = next(folder.glob("sentence_*_config.json"), path)
@@ -106,7 +108,9 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
     model = load_model(name, folder, dtype).to(device)
     tokenizer, settings = load_tokenizer(name, folder, lower)
     limit = limit or settings.get("model_max_length") or max_length
-    limit = find_limit(model, min(max_length, limit))
+    with attempt(f"read the maximum length of {name} in its tokenizer's files", TypeError):
+        limit = min(max_length, limit)
+    limit = find_limit(model, limit)
     side = (tokenizer.truncation or {}).get("direction", "right")
     tokenizer.enable_truncation(limit, direction=settings.get("truncation_side") or side)
     pooling = choose_pooling(name, model.config, pooling, declared)
@@ -248,6 +252,7 @@ def try_forward(name, model, pooling):
 
     Some models see padding in spite of the mask.
     """
+    attention_type = getattr(model, "attention_type", None)
     tokens = Tokens(np.arange(1, 13), np.array([0, 3, 12]))  # two sentences: of 3 and of 9 tokens
     vectors = []  # of the first sentence: alone, and beside the longer one
     for rows in ([0], [0, 1]):
@@ -255,6 +260,8 @@ def try_forward(name, model, pooling):
         output = forward(model, batch, output_hidden_states=True)
         pooled = pool(output.last_hidden_state, batch["attention_mask"], pooling)
         vectors.append(pooled[0].float())
+    if attention_type:  # a BigBird changes its own for good at the first short batch
+        model.set_attention_type(attention_type)
     alone, beside = vectors
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1  # half precision rounds
     if (beside - alone).norm() > tolerance * alone.norm():

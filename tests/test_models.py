@@ -278,6 +278,15 @@ def test_batches_and_slices_keep_their_order(bert):
 
 
 # ------------------------------------------------------------- models whose vectors would be wrong
+def test_a_big_birds_attention_is_as_its_files_say(bert):
+    """A short batch switches it to another one for good."""
+    config = AutoConfig.for_model(
+        "big_bird", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
+    )
+    AutoModel.from_config(config).save_pretrained(bert)
+    assert load_encoder(bert).model.attention_type == "block_sparse"
+
+
 def test_a_vector_that_depends_on_its_batch_is_refused(tmp_path, ends_with_one_line):
     config = SMALL_BERT | {"embedding_size": 32}
     kind = Kind("convbert", config, "wordpiece", BERT_TOKENS, "[CLS] $A [SEP]")
@@ -507,6 +516,8 @@ ADDED_TOKEN = {"added_tokens_decoder": {"90": {"content": "covid"}}}
 REFUSED = [  # what is changed in a BERT's files, the file that is named, words of the message
     ({PROMPT_CONFIG: QUERY}, "", "'query: '"),
     ({PROMPT_CONFIG: {"truncate_dim": 8}}, "", "truncate_dim 8"),
+    ({"modules.json": ["Transformer"]}, "modules.json", "a list of modules"),
+    ({"tokenizer_config.json": {"model_max_length": "512"}}, "", "maximum length"),
     ({POOLING_CONFIG: {"pooling_mode_lasttoken": True}}, POOLING_CONFIG, "pooling_mode_lasttoken"),
     ({POOLING_CONFIG: SQRT}, POOLING_CONFIG, "pooling_mode_mean_sqrt_len_tokens"),
     ({"modules.json": modules(TRANSFORMER, POOLING, DENSE)}, "modules.json", "Dense"),
