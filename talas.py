@@ -247,12 +247,14 @@ class ASAM:
         self.restore()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         moved = [p for p in parameters if p.grad is not None]
-        norm = get_total_norm([self.T(p) * p.grad for p in moved])  # over all parameters together
+        for p in moved:
+            p.grad *= self.T(p)  # now T_w ∇L(w): no further memory for it
+        norm = get_total_norm([p.grad for p in moved])  # over all parameters together
         if norm < 1e-12:  # next to no gradient gives no direction
             moved = []
         for p in moved:
             self.w[p] = p.clone()
-            epsilon = self.rho * self.T(p) ** 2 * p.grad / norm
+            epsilon = self.rho / norm * self.T(p) * p.grad  # ρ T_w² ∇L(w) / ‖T_w ∇L(w)‖
             p.add_(epsilon)
         self.optimizer.zero_grad()
 
