@@ -239,7 +239,7 @@ class ASAM:
 
     def T(self, p):
         """The diagonal of T_w for one parameter; of its shape."""
-        return p.abs() + self.eta if self.adaptive else torch.ones_like(p)
+        return p.abs().add_(self.eta) if self.adaptive else torch.ones_like(p)
 
     @torch.no_grad()
     def ascent_step(self):
@@ -247,14 +247,15 @@ class ASAM:
         self.restore()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         moved = [p for p in parameters if p.grad is not None]
+        T = {p: self.T(p) for p in moved}
         for p in moved:
-            p.grad *= self.T(p)  # now T_w ∇L(w): no further memory for it
+            p.grad *= T[p]  # now T_w ∇L(w), in place: new memory would cost more time
         norm = get_total_norm([p.grad for p in moved])  # over all parameters together
         if norm < 1e-12:  # next to no gradient gives no direction
             moved = []
         for p in moved:
             self.w[p] = p.clone()
-            epsilon = self.rho / norm * self.T(p) * p.grad  # ρ T_w² ∇L(w) / ‖T_w ∇L(w)‖
+            epsilon = p.grad.mul_(T[p]).mul_(self.rho / norm)  # ρ T_w² ∇L(w) / ‖T_w ∇L(w)‖₂
             p.add_(epsilon)
         self.optimizer.zero_grad()
 
