@@ -24,7 +24,7 @@ from support import attempt, fail
 from support.files import keep_apart, load, save, write_json
 
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl
-RESUME_ADVICE = "the same command with --resume continues (without it, if the output is not there yet)"
+RESUME_ADVICE = "the same command with --resume continues (without it, if there is no output yet)"
 DIVERGED_ADVICE = "try a lower --lr or --rho, with another --output"
 POSITIVE = (
     "lr",
