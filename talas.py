@@ -221,13 +221,14 @@ class Objective(torch.nn.Module):
 
 # ------------------------------------------------------------------------------------ ASAM (Eq. 2)
 class ASAM:
-    """Adaptive sharpness-aware minimization, Eq. 2, around an ordinary optimizer.
+    """Adaptive sharpness-aware minimization around an ordinary optimizer.
 
         L(w).backward();  ascent_step()     # w -> w̃ = w + ε̂
         L(w̃).backward();  descent_step()    # back to w; the optimizer steps by the gradient at w̃
 
-    ε̂ = ρ T_w² ∇L(w) / ‖T_w ∇L(w)‖₂ with T_w = diag(|w| + η); adaptive=False sets T_w = I, which is
-    SAM (Eq. 9). After Kwon et al., 2021.
+    The paper prints the problem, Eq. 2: min_w max L(w + ε) over ‖T_w⁻¹ ε‖₂ ≤ ρ. Kwon et al. (2021)
+    give T_w = diag(|w| + η) and, to first order, the maximum: ε̂ = ρ T_w² ∇L(w) / ‖T_w ∇L(w)‖₂.
+    adaptive=False sets T_w = I, which is SAM (Eq. 9).
     """
 
     def __init__(self, optimizer, rho, eta=0.0, adaptive=True):
@@ -237,7 +238,7 @@ class ASAM:
         self.adaptive = adaptive
         self.w = {}  # parameter -> its unperturbed value, while the parameter is at w̃
 
-    def T(self, p):
+    def scale(self, p):
         """The diagonal of T_w for one parameter; of its shape."""
         return p.abs().add_(self.eta) if self.adaptive else torch.ones_like(p)
 
@@ -247,7 +248,7 @@ class ASAM:
         self.restore()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         moved = [p for p in parameters if p.grad is not None]
-        T = {p: self.T(p) for p in moved}
+        T = {p: self.scale(p) for p in moved}
         for p in moved:
             p.grad *= T[p]  # now T_w ∇L(w), in place: new memory would cost more time
         norm = get_total_norm([p.grad for p in moved])  # over all parameters together
@@ -287,7 +288,7 @@ def training_step(objective, asam, tokens, teacher, domains, s):
     if s.optimizer == "adamw":  # one pass, no perturbation
         loss, values = objective(tokens, teacher)
         loss.backward()
-        asam.descent_step()
+        asam.descent_step()  # w was not perturbed, so this is AdamW's step alone
         return without_graph(values)
 
     # 1. Ascent step
@@ -299,9 +300,9 @@ def training_step(objective, asam, tokens, teacher, domains, s):
     asam.ascent_step()  # w̃ = ASAM_Perturb(w, ∇L, ρ)
 
     # 2. Descent step
-    perturbed_loss, _ = objective(tokens, teacher)  # L(w̃)
+    perturbed_loss, _ = objective(tokens, teacher)  # L(w̃), Eq. 7, for DISAM too
     perturbed_loss.backward()  # g_ASAM
-    asam.descent_step()  # from w, not w̃
+    asam.descent_step()  # line 15, from w, not w̃; AdamW in place of w - lr g (note 9)
     values["sharpness_gap"] = perturbed_loss - values["loss"]
     return without_graph(values)
 
