@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import cache_teacher
 import eval as evaluation
 import talas
-from support import attempt
+from support import attempt, fail
 from support.files import save, write_json
 
 SCRIPTS = {  # with flags that a mistake's own flags override
@@ -230,6 +230,10 @@ def test_a_bug_keeps_its_traceback(module, name, command, work, monkeypatch):
     monkeypatch.setattr(module, name, bug)
     with pytest.raises(KeyError, match="our bug"):
         run(*command)
+
+
+def test_a_message_is_one_line(ends_with_one_line):
+    ends_with_one_line(lambda: fail("first\n  second"), "error: first second")
 
 
 def test_attempt_lets_other_errors_pass():
