@@ -6,8 +6,8 @@
 
 In the paper's order: settings (Appendix E), losses (Eqs. 3-7 and 10-12), ASAM (Eq. 2), Algorithm 1,
 sharpness (Table 4). N is the batch size, T the number of tokens, L the number of the student's
-layers, K the number of anchored layers, d_S and d_T the widths of student and teacher, M the
-number of domains in a batch.
+layers (L(w) is the loss), K the number of anchored layers, d_S and d_T the widths of student and
+teacher, M the number of domains in a batch.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ from support.run import (
     stop_processes,
 )
 
-# Eq. 3's cosine ignores the length of W_l. A gradient step turns a short W_l further: start small.
+# Eq. 3's cosine ignores the length of W_l, but a step turns a short W_l further: start small.
 W_STD = 1e-3
 SHARPNESS_BATCHES = 2  # batches over which Table 4's λ_max is measured, the same for every seed
 
@@ -64,7 +64,7 @@ class Settings:
     """
 
     # input and output
-    teacher: str = HfArg(default="teacher.pt", help="teacher cache; without TAMD also a corpus")
+    teacher: str = HfArg(default="teacher.pt", help="teacher cache; with --lambda2 0 also a corpus")
     student: str = HfArg(default="tiny", help="Hub id or directory; tiny: a small BERT, untrained")
     output: str = HfArg(default="student", help="directory for the distilled student")
     overwrite: bool = HfArg(default=False, help="replace an earlier run in output")
@@ -93,13 +93,15 @@ class Settings:
     batch_size: int = HfArg(default=32, help="sentences a step, N")
     seed: int = HfArg(default=42, help="of initial weights, order and dropout")
     device: str = HfArg(default="auto", help="auto: the accelerator if there is one, else cpu")
-    precision: Literal["float32", "bfloat16"] = HfArg(default="float32", help="of matrix products")
+    precision: Literal["float32", "bfloat16"] = HfArg(
+        default="float32", help="of the student's matrix products"
+    )
     sharpness: bool = HfArg(default=False, help="log lambda_max after each epoch, Table 4")
 
 
 # ------------------------------------------------------------------------------ losses (Section 3)
 def tamd_loss(layers, projections, teacher):
-    """Teacher-anchored multi-layer distillation, Eq. 3: 1 - cos(e_l W_l, e^T), mean over K layers.
+    """Teacher-anchored multi-layer distillation, Eq. 3: 1 - cos(e_l W_l, e^T), mean over N and K.
 
     layers: the top K, each (N, d_S), such as (32, 384); projections: K of W_l (d_S, d_T); teacher:
     e^T (N, d_T). A scalar in [0, 2]. ValueError if layers and projections differ in number.
@@ -175,7 +177,7 @@ def embed(encoder, tokens, s, views=1):
     tokens: input_ids, attention_mask, each (N, T). Each view draws its own dropout masks.
     support.encoder.pooled_layers runs the model and pools each layer's token states, (N, T, d_S),
     into one vector a sentence: [CLS], the last token or the mean. On a CPU it takes pieces of
-    sentences of like length, which need less padding; the losses don't see the difference.
+    sentences of similar length, which need less padding; the result is the same.
     """
     tokens = {name: t.repeat(views, 1) for name, t in tokens.items()}  # (views N, T)
     pooled = pooled_layers(encoder, tokens, s.precision)  # L of (views N, d_S)
@@ -195,8 +197,8 @@ class Objective(torch.nn.Module):
     def forward(self, tokens, teacher, domains=None):
         """(loss to differentiate, {values to log}) at the present w.
 
-        tokens: as in embed; teacher: E^T (N, d_T). Without domains both losses are Eq. 7. With
-        domains, (N,), the first is Eq. 10's value; values["loss"] is Eq. 7's all the same.
+        tokens: as in embed; teacher: E^T (N, d_T). The loss is Eq. 7 or, with domains, (N,), what
+        DISAM climbs, Eq. 10. values["loss"] is always Eq. 7.
         """
         views = 2 if self.s.lambda1 else 1
         layers = embed(self.encoder, tokens, self.s, views)  # L of (views, N, d_S)
@@ -204,9 +206,9 @@ class Objective(torch.nn.Module):
         values = terms | {"loss": loss}
         if domains is None:
             return loss, values
-        return self.disam_loss(layers, teacher, domains), values
+        return self.ascent_objective(layers, teacher, domains), values
 
-    def disam_loss(self, layers, teacher, domains):
+    def ascent_objective(self, layers, teacher, domains):
         """Eq. 10. L_i is Eq. 7 on domain i's sentences alone: their own negatives, their own R."""
         present, counts = domains.unique(return_counts=True)  # (M,)
         losses = []
@@ -245,7 +247,7 @@ class ASAM:
     @torch.no_grad()
     def ascent_step(self):
         """Move w to w̃ = w + ε̂ and clear the gradients; parameters without one stay at w."""
-        self.restore()
+        self.restore()  # if an earlier ascent was not followed by a descent
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         moved = [p for p in parameters if p.grad is not None]
         T = {p: self.scale(p) for p in moved}
@@ -324,7 +326,7 @@ def new_projections(s, encoder, d_T):
 
 
 def make_optimizer(s, objective, steps):
-    """(ASAM or SAM around AdamW, the schedule of its rates); the W_l have their own rate."""
+    """(ASAM or SAM around AdamW, its learning-rate schedule); the W_l have their own rate."""
     groups = [
         {"params": list(objective.model.parameters())},
         {"params": list(objective.projections), "lr": s.lr * s.projection_lr_scale},
@@ -337,20 +339,19 @@ def make_optimizer(s, objective, steps):
 def train(s, corpus, objective, keep_epochs=None):
     """Algorithm 1: train the student and the projections in place, batch by batch.
 
-    keep_epochs: a folder in which the student is kept after each epoch; None: it is not.
+    keep_epochs: a folder in which the student is kept after each epoch; None keeps none.
     """
-    steps = len(corpus) // s.batch_size // processes()  # an epoch's, in each process
-    asam, scheduler = make_optimizer(s, objective, s.epochs * steps)
+    steps_per_epoch = len(corpus) // s.batch_size // processes()  # in each process
+    asam, scheduler = make_optimizer(s, objective, s.epochs * steps_per_epoch)
     checkpoint = Checkpoint(s, corpus, objective, asam.optimizer, scheduler)
     first_epoch = checkpoint.start_or_resume()
-    log = Log(s, steps, first_epoch, corpus.encoder.model.device)
+    log = Log(s, steps_per_epoch, first_epoch, corpus.encoder.model.device)
     parallel = data_parallel(objective)  # under torchrun its backward pass averages the gradients
     for epoch in range(first_epoch, s.epochs):
         log.begin_epoch()
         objective.train()
-        torch.manual_seed(
-            seed_of(s.seed, epoch, rank(), "dropout")
-        )  # a resumed epoch draws the same
+        dropout_seed = seed_of(s.seed, epoch, rank(), "dropout")
+        torch.manual_seed(dropout_seed)  # so a resumed epoch draws the same masks
         for rows in batches_of_this_process(batches(len(corpus), s, epoch)):
             tokens, teacher, domains = corpus.batch(rows)  # B, and E^T from the cache
             values = training_step(parallel, asam, tokens, teacher, domains, s)
@@ -368,7 +369,7 @@ def train(s, corpus, objective, keep_epochs=None):
 def hessian_vector_product(losses, parameters, v):
     """H v, for the Hessian H of the mean of the losses. v and H v: (number of weights,).
 
-    losses: a list of functions of nothing, each a scalar that is twice differentiable.
+    losses: a list of functions without arguments, each a twice differentiable scalar.
     """
     v_parts = v.split([p.numel() for p in parameters])
     total = torch.zeros_like(v)
@@ -386,9 +387,10 @@ def hessian_vector_product(losses, parameters, v):
 def largest_hessian_eigenvalue(losses, parameters, tolerance=3e-3, vectors=8, seed=0):
     """λ_max (Table 4): the algebraically largest eigenvalue of the Hessian H at the parameters.
 
-    losses: a list of functions of nothing, whose mean is meant; the list keeps one graph in memory
-    at a time. Restarted Lanczos iteration (ARPACK) on products H v, to a relative `tolerance`; it
-    keeps `vectors` copies of the parameters in the host's memory. NaN if a loss or H is not finite.
+    losses: a list of functions without arguments; H is the Hessian of their mean. A list keeps only
+    one graph in memory at a time. Restarted Lanczos iteration (ARPACK) on products H v, to a
+    relative `tolerance`; it keeps `vectors` copies of the parameters in the host's memory. NaN if
+    a loss or H is not finite.
     """
     parameters = list(parameters)
     w = parameters_to_vector(parameters).detach()
@@ -397,12 +399,13 @@ def largest_hessian_eigenvalue(losses, parameters, tolerance=3e-3, vectors=8, se
     Hv = hessian_vector_product(losses, parameters, v.to(w.device)).cpu()
     if not Hv.isfinite().all() or not all(loss().isfinite() for loss in losses):
         return float("nan")
-    if not Hv.any():  # H is zero: no other H maps a random v to 0
+    if not Hv.any():  # H is zero: another H almost surely maps a random v to something else
         return 0.0
     if len(w) == 1:  # H is a number, and Lanczos iteration needs two dimensions
         return (Hv / v).item()
 
     def matvec(v):
+        """H v for ARPACK, from and to numpy."""
         v = torch.from_numpy(v).to(w)
         return hessian_vector_product(losses, parameters, v).cpu().numpy()
 
@@ -421,7 +424,10 @@ def loss_without_terms(objective, tokens, teacher):
 
 
 def measure_sharpness(objective, corpus, s):
-    """λ_max of the objective, Eq. 7, in the student's weights: fixed batches, no dropout."""
+    """λ_max of Eq. 7 in the student's weights, not the W_l (note 21): two fixed batches.
+
+    Without dropout, so that the two views of Eq. 6 are equal.
+    """
     model = objective.model
     was_training = objective.training
     attention = model.config._attn_implementation
@@ -441,11 +447,11 @@ def measure_sharpness(objective, corpus, s):
 
 # ------------------------------------------------------------------------------------ command line
 def parse_settings(argv, kind=Settings, **defaults):
-    """Settings from the command line; the defaults of the tiny student are its own, and printed."""
+    """Settings from the command line. --student tiny has its own defaults, which are printed."""
     parser = HfArgumentParser(kind, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
     parser.set_defaults(**defaults)
-    if parser.parse_args(argv).student == "tiny":
+    if parser.parse_args(argv).student == "tiny":  # parsed again below, with its defaults
         shown = ", ".join(f"--{name} {value}" for name, value in tiny.SETTINGS.items())
         print(f"student tiny starts from scratch; unless you set them: {shown}")
         parser.set_defaults(**tiny.SETTINGS)
@@ -469,7 +475,7 @@ def save_student(objective, folder):
 
 
 def finish(s, cache, objective):
-    """Write the student and its record to the output folder: each file whole, all at the end."""
+    """Write the student and its record to a draft folder, then move the files into the output."""
     if rank() == 0:
         draft = new_draft(s)
         with attempt(f"write {s.output}", OSError, SafetensorError):

@@ -4,7 +4,7 @@
     python study/report.py study/README.md README.md --plots study       # needs matplotlib
 
 In a file, what is between <!-- table:NAME --> and <!-- end --> becomes that table: gains, methods,
-start, rates, geometry; bench-student-cls-cpu, cost-student-cls-cpu; of a pair, such as B: scores-B
+start, geometry; bench-student-cls-cpu, cost-student-cls-cpu; of a pair, such as B: scores-B
 (every row), main-B (rows of the paper's Tables 1 and 2), summary-B, sharpness-B. Several seeds are
 shown as mean ± standard deviation (of a sample, n - 1), what was not run as –.
 """
@@ -24,7 +24,6 @@ from study.results import (
     BENCH,
     CLAIMS,
     NAMES,
-    RATES,
     ROWS,
     START,
     TABLE3,
@@ -107,11 +106,11 @@ def gain_table(by_pair, claims, columns):
     return table
 
 
-def settings_table(runs, layout):
-    """Avg of the rows that start.csv or rates.csv names, in the places where it names them."""
-    columns = list(next(iter(layout.values())))[1:]
+def start_table(runs):
+    """Avg of the rows that start.csv names, in the places where it names them."""
+    columns = list(START["distill"])[1:]
     table = [["Avg"] + columns]
-    for method, row_of in layout.items():
+    for method, row_of in START.items():
         entries = [runs.get(row_of[column], []) for column in columns]
         table.append([method] + [mean_sd(list(scores(cell).values())) for cell in entries])
     return table
@@ -186,8 +185,7 @@ def tables(entries):
     made = {
         "gains": gain_table(by_pair, parts, columns),
         "methods": gain_table(by_pair, methods, columns | {"others": "the same, by others"}),
-        "start": settings_table(by_pair.get("B", {}), START),
-        "rates": settings_table(by_pair.get("B", {}), RATES),
+        "start": start_table(by_pair.get("B", {})),
         "geometry": geometry_table(e for key, e in entries.items() if key.startswith("geometry/")),
     }
     for pair, runs in by_pair.items():

@@ -1,7 +1,7 @@
 """results.json, with an entry for each run; and the tables that name what can be run and shown.
 
 pairs.csv: teachers and students; rows.csv: what a run can be; claims.csv: which row is compared
-with which; bench.csv and table3.csv: the benchmark; start.csv and rates.csv: tables of settings.
+with which; bench.csv and table3.csv: the benchmark; start.csv: the table of how W starts.
 """
 
 import argparse
@@ -34,7 +34,6 @@ BENCH = read_rows("bench")
 TABLE3 = read_rows("table3")
 START = read_rows("start")
 STARTS = list(START["distill"])[2:]  # columns, after the method and the untrained student
-RATES = read_rows("rates")
 UNTRAINED = ("teacher", "before")  # rows that need no training
 AVERAGES = ("avg_in", "avg_out", "avg")
 NAMES = {

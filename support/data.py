@@ -45,7 +45,7 @@ def read_jsonl(path, lines):
         with attempt(f"read {path}, line {number}", ValueError):
             row = json.loads(line)
         if not isinstance(row, dict):
-            fail(f"cannot read {path}, line {number}: it is no object with columns")
+            fail(f"cannot read {path}, line {number}: it is not a JSON object")
         rows.append(row)
     return rows
 

@@ -20,7 +20,7 @@ from support import attempt, fail
 from support.files import digest, write_json
 from support.run import progress
 
-PIECE = 16  # sentences of a piece of a batch on a CPU, which gains by less padding
+PIECE = 16  # sentences in a piece of a batch on a CPU, where less padding saves time
 SLICE = 1_000  # sentences tokenised at once: the library's own output is far larger than the ids
 POOLING_FLAGS = {  # those of sentence-transformers, which all its versions read
     "cls": "pooling_mode_cls_token",
@@ -71,7 +71,7 @@ class Encoder:
         return self.widths[-1]
 
     def identity(self):
-        """A hash of all that makes it but the weights."""
+        """A hash of everything but the weights."""
         config = self.model.config.to_json_string()
         return digest([config, self.tokenizer.to_str(), self.pooling])
 
@@ -93,6 +93,11 @@ def tokenize(encoder, sentences):
     cut = 0
     for i in range(0, len(sentences), SLICE):
         for encoding in encoder.tokenizer.encode_batch(sentences[i : i + SLICE]):
+            if not encoding.ids:
+                sentence = sentences[len(starts) - 1]
+                fail(
+                    f"the tokenizer finds no token in the sentence {sentence[:60]!r}; leave it out"
+                )
             ids.extend(encoding.ids)
             starts.append(len(ids))
             cut += len(encoding.overflowing) > 0
@@ -122,7 +127,7 @@ def pad(tokens, rows, model):
 
 
 def forward(model, batch, **options):
-    """What a model gives for a batch."""
+    """Run a model on a batch."""
     if "use_cache" in inspect.signature(model.forward).parameters:
         options["use_cache"] = False  # the keys and values that a next token would need
     return model(**batch, **options)
@@ -131,7 +136,8 @@ def forward(model, batch, **options):
 def pooled_layers(encoder, tokens, precision="float32", from_layer=1):
     """Pooled states after each layer of a right-padded batch: L of (N, d). Layer 0: embeddings.
 
-    On a CPU it goes through in pieces of like length. In training, products are of that precision.
+    On a CPU the batch is split into pieces of similar length. In training, matrix products use
+    `precision`.
     """
     model = encoder.model
     on_cpu = model.device.type == "cpu"
@@ -156,8 +162,8 @@ def pooled_layers(encoder, tokens, precision="float32", from_layer=1):
 def encode(encoder, tokens, batch_size, label=None, part=None):
     """Pooled last-layer embeddings of n sentences, not normalised: float32 (n, d), on the CPU.
 
-    Batches hold sentences of like length, the longest first: too large a one fails at once. They
-    are kept in the file `part`, if one is named; a second call resumes from it.
+    Batches hold sentences of similar length, the longest first: one that is too large fails at
+    once. They are kept in the file `part`, if one is named; a second call resumes from it.
     """
     model = encoder.model.eval()
     n = len(tokens.starts) - 1
@@ -176,7 +182,7 @@ def encode(encoder, tokens, batch_size, label=None, part=None):
             hidden = forward(model, batch).last_hidden_state  # (N, T, d)
             vectors = pool(hidden, batch["attention_mask"], encoder.pooling).float().cpu()
             if not vectors.isfinite().all():
-                fail(f"embeddings in {model.dtype} are not finite; try another --dtype or model")
+                fail(f"{label}: embeddings in {model.dtype} are not finite; is the model damaged?")
             end = start + len(vectors)
             rows[start:end, :d] = vectors.numpy()
             rows[start:end, d] = 1  # after the vectors: these rows are whole
@@ -188,7 +194,7 @@ def resumable(path, rows):
     """The rows in a file of that name: of an earlier call if it has their size, else written."""
     with attempt(f"write {path}"):
         if not Path(path).exists() or Path(path).stat().st_size != rows.nbytes:
-            rows.tofile(path)  # which takes the room that they need
+            rows.tofile(path)  # which reserves the disk space
         return np.memmap(path, np.float32, "r+", shape=rows.shape)
 
 
@@ -252,11 +258,11 @@ def dry_run(encoder, corpus, output, two_views):
         tempfile.TemporaryDirectory(prefix=".trial-", dir=Path(output).parent) as folder,
     ):
         save_encoder(folder, encoder)
-        library = AutoTokenizer.from_pretrained(folder)
+        reloaded = AutoTokenizer.from_pretrained(folder)
     for sentence in corpus.sentences[:100]:
         trained_ids = encoder.tokenizer.encode(sentence).ids
-        if library(sentence, truncation=True)["input_ids"] != trained_ids:
+        if reloaded(sentence, truncation=True)["input_ids"] != trained_ids:
             fail(
-                f"transformers gives other token ids than tokenizer.json to {sentence[:60]!r}: it "
-                f"builds the tokenizer of a {model.config.model_type} anew; take another student"
+                f"transformers tokenizes {sentence[:60]!r} differently from tokenizer.json: it "
+                f"rebuilds the tokenizer of a {model.config.model_type}; use another student"
             )

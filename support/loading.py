@@ -111,6 +111,9 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
     with attempt(f"read the maximum length of {name} in its tokenizer's files", TypeError):
         limit = min(max_length, limit)
     limit = find_limit(model, limit)
+    special = tokenizer.num_special_tokens_to_add(False)
+    if limit <= special:
+        fail(f"{name}: {limit} tokens leave no room for a sentence beside {special} special ones")
     side = (tokenizer.truncation or {}).get("direction", "right")
     tokenizer.enable_truncation(limit, direction=settings.get("truncation_side") or side)
     pooling = choose_pooling(name, model.config, pooling, declared)
@@ -167,9 +170,9 @@ def check_weights(name, model, report):
 
 
 def load_tokenizer(name, folder, lower):
-    """(tokenizers.Tokenizer, the settings beside it), which are not at odds.
+    """(tokenizers.Tokenizer, the settings beside it), checked for contradictions.
 
-    It is that of tokenizer.json, if there is one: transformers builds some anew from their class.
+    It is that of tokenizer.json, if there is one: transformers rebuilds some from their class.
     """
     path = folder / "tokenizer_config.json"
     settings = read_json(folder / "special_tokens_map.json") | read_json(path)
@@ -182,15 +185,16 @@ def load_tokenizer(name, folder, lower):
             fail(f"{name} has no tokenizer.json; {ARRAY}")
         tokenizer = library.backend_tokenizer
     tokenizer.no_padding()
-    special = tokenizer.encode("a").special_tokens_mask
-    refused = {
-        "auto_map": True,
-        "split_special_tokens": True,
-        "add_bos_token": special[0] == 0,
-        "add_eos_token": special[-1] == 0,
-    }
-    for key, wrong in refused.items():
-        if wrong and settings.get(key):
+    encoding = tokenizer.encode("a")
+    if any(encoding.type_ids):
+        fail(f"{name}: its tokenizer gives token types, which are not implemented; {ARRAY}")
+    ignored = ["auto_map", "split_special_tokens"]
+    if encoding.special_tokens_mask[0] == 0:
+        ignored.append("add_bos_token")
+    if encoding.special_tokens_mask[-1] == 0:
+        ignored.append("add_eos_token")
+    for key in ignored:
+        if settings.get(key):
             fail(f"{path}: {key} {settings[key]} is not what tokenizer.json does; {ARRAY}")
     for number, token in settings.get("added_tokens_decoder", {}).items():
         if tokenizer.token_to_id(token["content"]) != int(number):
@@ -265,5 +269,5 @@ def try_forward(name, model, pooling):
     alone, beside = vectors
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1  # half precision rounds
     if (beside - alone).norm() > tolerance * alone.norm():
-        fail(f"{name}: a sentence gets another vector beside a longer one; take another model")
+        fail(f"{name}: a sentence's embedding changes when it is batched with a longer one")
     return tuple(hidden.shape[-1] for hidden in output.hidden_states[1:])

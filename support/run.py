@@ -1,10 +1,11 @@
-"""A training run that loses nothing: devices, processes, checks, checkpoints, metrics.
+"""Everything around training: devices, processes, checks, checkpoints, metrics.
 
 `s` is always the run's settings (talas.Settings).
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import statistics
@@ -93,7 +94,7 @@ def start_processes(s):
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("gloo" if on_cpu else None)
     if rank() > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def stop_processes():
@@ -143,11 +144,11 @@ def check_settings(s):
 
 def check_fit(s, corpus):
     """End the program if the settings do not fit the student or the corpus."""
-    L, widths = corpus.encoder.layers, set(corpus.encoder.widths)
+    L = corpus.encoder.layers
     if len(corpus) < s.batch_size * processes():
         in_each = f" in each of {processes()} processes" if processes() > 1 else ""
         fail(f"--batch_size {s.batch_size}{in_each}: the corpus has only {len(corpus)} sentences")
-    if len(widths) > 1:
+    if len(set(corpus.encoder.widths)) > 1:
         fail(
             f"{s.student}: its layers differ in width, {corpus.encoder.widths}; use another student"
         )
@@ -248,7 +249,8 @@ class Log:
     def __init__(self, s, steps, first_epoch, device):
         """steps: an epoch's, in each process. Lines after the resumed epoch are dropped."""
         self.path = Path(s.output, "metrics.jsonl")
-        self.steps, self.device = steps, device
+        self.steps = steps
+        self.device = device
         self.count = first_epoch * steps  # steps that are done
         self.values = []  # of the steps since the last line
         with attempt(f"write --output {s.output}"):
@@ -288,7 +290,7 @@ class Log:
         self.check_finite(rows, names)
         means = dict(zip(names, rows.mean(0).tolist()))
         seconds = time.perf_counter() - self.clock
-        line = {"step": self.count, "epoch": -(-self.count // self.steps)} | means
+        line = {"step": self.count, "epoch": math.ceil(self.count / self.steps)} | means
         line["lr"] = lr
         line["ms_per_step"] = 1000 * seconds / len(rows)
         line["memory_mb"] = memory_mb(self.device)

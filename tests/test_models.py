@@ -291,7 +291,7 @@ def test_a_vector_that_depends_on_its_batch_is_refused(tmp_path, ends_with_one_l
     config = SMALL_BERT | {"embedding_size": 32}
     kind = Kind("convbert", config, "wordpiece", BERT_TOKENS, "[CLS] $A [SEP]")
     folder = build(tmp_path, kind)
-    ends_with_one_line(lambda: load_encoder(folder), "another vector beside a longer one")
+    ends_with_one_line(lambda: load_encoder(folder), "changes when it is batched with a longer one")
 
 
 SURPLUS_WEIGHTS = [
@@ -373,6 +373,23 @@ def test_more_tokens_than_embeddings_matter_only_where_they_occur(tmp_path, ends
     ends_with_one_line(lambda: tokenize(encoder, ["a", "the zebra"]), *words)
 
 
+def test_a_sentence_without_tokens_is_refused(tmp_path, ends_with_one_line):
+    """Its vector would be that of padding."""
+    encoder = load_encoder(build(tmp_path, GPT2))
+    ends_with_one_line(lambda: tokenize(encoder, ["a", ""]), "no token in the sentence ''")
+
+
+def test_token_types_are_refused(tmp_path, ends_with_one_line):
+    """They change the vector, and none are given to a model here."""
+    folder = build(tmp_path, replace(BERT, template="[CLS]:1 $A:1 [SEP]:1"))
+    ends_with_one_line(lambda: load_encoder(folder), "token types")
+
+
+def test_a_length_that_special_tokens_fill_is_refused(bert, ends_with_one_line):
+    """All sentences would have the same vector."""
+    ends_with_one_line(lambda: load_encoder(bert, max_length=2), "2 tokens leave no room")
+
+
 @pytest.mark.parametrize(
     "kind, named, pad_token",
     [
@@ -407,7 +424,7 @@ def test_a_student_that_others_would_read_otherwise_is_refused(tmp_path, ends_wi
     kind.normalizer = normalizers.Lowercase()
     encoder = load_encoder(build(tmp_path / "model", kind))
     corpus = small_corpus(encoder, ["rose"] * 99 + ["The Rose"])
-    words = ["other token ids", "'The Rose'", "qwen2"]
+    words = ["differently from tokenizer.json", "'The Rose'", "qwen2"]
     ends_with_one_line(lambda: dry_run(encoder, corpus, tmp_path / "student", False), *words)
 
 
