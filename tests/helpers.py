@@ -1,11 +1,10 @@
 """What several test files call: small models and caches, runs in processes of their own."""
 
 import json
+import multiprocessing
 import os
-import signal
 import socket
 import sys
-import traceback
 from itertools import product
 from pathlib import Path
 
@@ -173,31 +172,26 @@ def before_each_step(action, patch=None):
     patch.setattr(talas, "training_step", watched_step)
 
 
+def run_with(environment, action):
+    """Run an action with these environment variables."""
+    os.environ |= environment
+    action()
+
+
 def start_process(action, environment):
-    """Start an action in a forked process and return its number. Skips but on Linux."""
+    """Start an action in a forked process, which has these environment variables."""
     if sys.platform != "linux":
         pytest.skip("needs Linux's fork and signals")
-    pid = os.fork()
-    if pid:
-        return pid
-    signal.alarm(120)  # two processes must not wait for each other for ever
-    code = 99
-    try:
-        os.environ |= environment
-        action()
-        code = 0
-    except SystemExit as stopped:
-        code = stopped.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=run_with, args=(environment, action), daemon=True)
+    process.start()
+    return process
 
 
-def exit_code(pid):
+def exit_code(process):
     """The exit code of a process when it has ended, or minus the signal that killed it."""
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status)
+    process.join(timeout=120)  # two processes must not wait for each other for ever
+    return process.exitcode
 
 
 def in_a_process(action):
@@ -209,7 +203,14 @@ def in_two_processes(action):
     """Run an action in two processes, as torchrun does; returns the exit code of each."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    first = start_process(action, shared | {"RANK": "0", "LOCAL_RANK": "0"})
-    second = start_process(action, shared | {"RANK": "1", "LOCAL_RANK": "1"})
-    return [exit_code(first), exit_code(second)]
+    started = []
+    for rank in ("0", "1"):
+        environment = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        started.append(start_process(action, environment))
+    return [exit_code(process) for process in started]
