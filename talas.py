@@ -39,7 +39,6 @@ from support.run import (
     check_output_folder,
     check_settings,
     data_parallel,
-    new_draft,
     pick_device,
     processes,
     publish,
@@ -477,7 +476,7 @@ def save_student(objective, folder):
 def finish(s, cache, objective):
     """Write the student and its record to a draft folder, then move the files into the output."""
     if rank() == 0:
-        draft = new_draft(s)
+        draft = Path(s.output, ".saving")
         with attempt(f"write {s.output}", OSError, SafetensorError):
             save_student(objective, draft)
         publish(s, cache, draft)

@@ -3,7 +3,6 @@
 N is the size of a batch, T its longest sentence in tokens, d the model's width.
 """
 
-import inspect
 import tempfile
 from array import array
 from dataclasses import dataclass
@@ -126,13 +125,6 @@ def pad(tokens, rows, model):
     }
 
 
-def forward(model, batch, **options):
-    """Run a model on a batch."""
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        options["use_cache"] = False  # the keys and values that a next token would need
-    return model(**batch, **options)
-
-
 def pooled_layers(encoder, tokens, precision="float32", from_layer=1):
     """Pooled states after each layer of a right-padded batch: L of (N, d). Layer 0: embeddings.
 
@@ -149,7 +141,7 @@ def pooled_layers(encoder, tokens, precision="float32", from_layer=1):
         longest = lengths[rows[-1]] if on_cpu else None  # a GPU need not wait for that number
         piece = {name: values[rows, :longest] for name, values in tokens.items()}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
-            output = forward(model, piece, output_hidden_states=True)
+            output = model(**piece, output_hidden_states=True)
         states = list(output.hidden_states[from_layer:])
         states[-1] = output.last_hidden_state  # in some models the last norm is in this one alone
         mask = piece["attention_mask"]
@@ -172,14 +164,15 @@ def encode(encoder, tokens, batch_size, label=None, part=None):
     rows = np.zeros((n, d + 1), np.float32)  # in that order; column d is 1 where a row is done
     if part:
         rows = resumable(part, rows)
-    first_open = int(np.append(rows[:, d], 0).argmin())
-    done = first_open // batch_size * batch_size  # whole batches
+    is_done = rows[:, d]
+    done = n if is_done.all() else int(is_done.argmin())  # up to the first row that is not
+    done -= done % batch_size  # whole batches
     if done:
         print(f"resuming: {done} sentences are already embedded")
     with progress(n, "sent", label, initial=done) as bar:
         for start in range(done, n, batch_size):
             batch = pad(tokens, order[start : start + batch_size], model)
-            hidden = forward(model, batch).last_hidden_state  # (N, T, d)
+            hidden = model(**batch).last_hidden_state  # (N, T, d)
             vectors = pool(hidden, batch["attention_mask"], encoder.pooling).float().cpu()
             if not vectors.isfinite().all():
                 fail(f"{label}: embeddings in {model.dtype} are not finite; is the model damaged?")

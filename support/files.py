@@ -13,7 +13,14 @@ import torch
 
 from support import attempt, fail
 
-TORN = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
+READ_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
 
 
 @contextmanager
@@ -30,11 +37,11 @@ def whole(path):
 
 def save(path, content):
     """torch.save, whole or not at all."""
-    with whole(path) as partial, open(partial, "wb") as file:
+    with whole(path) as partial:
         try:
-            torch.save(content, file)
-        except RuntimeError as error:  # its words say nothing of a full disk; its context does
-            raise error.__context__ or error from None
+            torch.save(content, partial)
+        except RuntimeError:  # torch's words for it are of its own insides
+            fail(f"cannot write {path}: is the disk full?")
 
 
 def write_json(path, content):
@@ -57,12 +64,12 @@ def load(path, mmap=True):
     With `mmap` the tensors stay on disk, unchecked. Without, their checksums are verified.
     """
     what = f"read {path} as torch.save wrote it (is a part missing, is it a Git LFS pointer?)"
-    with attempt(what, *TORN), zipfile.ZipFile(path) as parts:
+    with attempt(what, *READ_ERRORS), zipfile.ZipFile(path) as parts:
         if not mmap and parts.testzip():
             raise ValueError("it is damaged")
     try:
         return torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
-    except TORN:  # torch's own message advises to run the file's code
+    except READ_ERRORS:  # torch's own message advises to run the file's code
         fail(f"{path} holds more than tensors and plain values, or is damaged")
 
 

@@ -4,6 +4,7 @@ What is known to change embeddings and is not implemented ends the program in on
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, logging
 from transformers.models.auto import modeling_auto as registry
 
 from support import attempt, fail
-from support.encoder import POOLING_FLAGS, Encoder, Tokens, forward, pad, pool
-from support.files import TORN, read_json
+from support.encoder import POOLING_FLAGS, Encoder, Tokens, pad, pool
+from support.files import READ_ERRORS, read_json
 from support.run import interrupted
 
 logging.set_verbosity_error()  # the terminal is for our own lines
@@ -50,15 +51,21 @@ def model_folder(name):
         )
 
 
-def read_declarations(root):
-    """(folder of the weights, pooling, max_seq_length, do_lower_case, whether to normalise).
+class Declarations(NamedTuple):
+    """What the sentence-transformers files of a model declare; the defaults if it has none."""
 
-    None and False where a model's files say nothing. Ends the program if they ask for what is not
-    implemented here.
-    """
+    folder: Path  # of the weights
+    pooling: str | None = None
+    max_length: int | None = None  # tokens
+    lower_case: bool = False
+    normalize: bool = False  # whether a Normalize module is last
+
+
+def read_declarations(root):
+    """The Declarations of a model's folder. What is not implemented here ends the program."""
     path = root / "modules.json"
     if not path.exists():
-        return root, None, None, False, False
+        return Declarations(root)
     modules = read_json(path)
     with attempt(f"read {path} as a list of modules, each with type and path", KeyError, TypeError):
         types = [module["type"] for module in modules]
@@ -73,14 +80,17 @@ def read_declarations(root):
         fail(f"{root} puts a prompt before every sentence, {prompt!r}; {ARRAY}")
     if settings.get("truncate_dim"):
         fail(f"{root}: truncate_dim {settings['truncate_dim']} is not implemented; {ARRAY}")
-    pooling = read_pooling(folders[1] / "config.json")
-    folder = folders[0]
-    path = folder / "sentence_bert_config.json"
+    path = folders[0] / "sentence_bert_config.json"
     if not path.exists():  # older versions name it after the model: sentence_roberta_config.json
-        path = next(folder.glob("sentence_*_config.json"), path)
-    settings = read_json(path)
-    limit = settings.get("max_seq_length")
-    return folder, pooling, limit, settings.get("do_lower_case", False), len(names) == 3
+        path = next(folders[0].glob("sentence_*_config.json"), path)
+    limits = read_json(path)
+    return Declarations(
+        folder=folders[0],
+        pooling=read_pooling(folders[1] / "config.json"),
+        max_length=limits.get("max_seq_length"),
+        lower_case=limits.get("do_lower_case", False),
+        normalize="Normalize" in names,
+    )
 
 
 def read_pooling(path):
@@ -104,10 +114,10 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
     root = model_folder(name)
     if interrupted(root):
         fail(f"{name} holds an interrupted run; finish it first, with --resume")
-    folder, declared, limit, lower, normalize = read_declarations(root)
-    model = load_model(name, folder, dtype).to(device)
-    tokenizer, settings = load_tokenizer(name, folder, lower)
-    limit = limit or settings.get("model_max_length") or max_length
+    declared = read_declarations(root)
+    model = load_model(name, declared.folder, dtype).to(device)
+    tokenizer, settings = load_tokenizer(name, declared)
+    limit = declared.max_length or settings.get("model_max_length") or max_length
     with attempt(f"read the maximum length of {name} in its tokenizer's files", TypeError):
         limit = min(max_length, limit)
     limit = find_limit(model, limit)
@@ -116,7 +126,7 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
         fail(f"{name}: {limit} tokens leave no room for a sentence beside {special} special ones")
     side = (tokenizer.truncation or {}).get("direction", "right")
     tokenizer.enable_truncation(limit, direction=settings.get("truncation_side") or side)
-    pooling = choose_pooling(name, model.config, pooling, declared)
+    pooling = choose_pooling(name, model.config, pooling, declared.pooling)
     return Encoder(
         model=model,
         tokenizer=tokenizer,
@@ -124,7 +134,7 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
         pooling=pooling,
         max_length=limit,
         widths=try_forward(name, model, pooling),
-        normalize=normalize,
+        normalize=declared.normalize,
     )
 
 
@@ -138,8 +148,13 @@ def load_model(name, folder, dtype):
         if settings.get(key):
             fail(f"{path}: {key} is not implemented; {ARRAY}")
     what = f"load {name} (are its files whole, and do they fit each other?)"
-    with attempt(what, *TORN, SafetensorError, ImportError):
-        config = AutoConfig.from_pretrained(folder, output_attentions=False, return_dict=True)
+    with attempt(what, *READ_ERRORS, SafetensorError, ImportError):
+        config = AutoConfig.from_pretrained(
+            folder,
+            output_attentions=False,
+            return_dict=True,
+            use_cache=False,  # of keys and values, for a next token that nobody asks for
+        )
         if config.is_encoder_decoder:
             fail(f"{name} is an encoder-decoder, which is not implemented; {ARRAY}")
         model, report = AutoModel.from_pretrained(
@@ -155,8 +170,9 @@ def load_model(name, folder, dtype):
 
 def check_weights(name, model, report):
     """End the program if weights are missing, or layers in the files have more than the model's."""
-    missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    missing = sorted(key for key in missing if "pooler" not in key)  # which is not used here
+    of_other_shape = [key for key, *shapes in report["mismatched_keys"]]
+    keys = sorted({*report["missing_keys"], *of_other_shape})
+    missing = [key for key in keys if "pooler" not in key]  # a pooler is not used here
     if missing:
         fail(f"{name}: its files lack {len(missing)} of config.json's weights, as {missing[0]}")
     layers = []  # names of lists of layers, such as ".encoder.layer."
@@ -169,39 +185,33 @@ def check_weights(name, model, report):
             fail(f"{name}: a {type(model).__name__} does not use its weight {key}; {ARRAY}")
 
 
-def load_tokenizer(name, folder, lower):
-    """(tokenizers.Tokenizer, the settings beside it), checked for contradictions.
-
-    It is that of tokenizer.json, if there is one: transformers rebuilds some from their class.
-    """
-    path = folder / "tokenizer_config.json"
-    settings = read_json(folder / "special_tokens_map.json") | read_json(path)
-    if (folder / "tokenizer.json").exists():
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    else:
-        library = AutoTokenizer.from_pretrained(folder)
-        files = library.vocab_files_names.values()
-        if not any((folder / file).exists() for file in files):
-            fail(f"{name} has no tokenizer.json; {ARRAY}")
-        tokenizer = library.backend_tokenizer
+def load_tokenizer(name, declared):
+    """(the tokenizers.Tokenizer of a model, its tokenizer_config.json)."""
+    tokenizer = read_tokenizer(name, declared.folder)
     tokenizer.no_padding()
+    path = declared.folder / "tokenizer_config.json"
+    settings = read_json(declared.folder / "special_tokens_map.json") | read_json(path)
     encoding = tokenizer.encode("a")
     if any(encoding.type_ids):
         fail(f"{name}: its tokenizer gives token types, which are not implemented; {ARRAY}")
-    ignored = ["auto_map", "split_special_tokens"]
-    if encoding.special_tokens_mask[0] == 0:
-        ignored.append("add_bos_token")
-    if encoding.special_tokens_mask[-1] == 0:
-        ignored.append("add_eos_token")
-    for key in ignored:
-        if settings.get(key):
-            fail(f"{path}: {key} {settings[key]} is not what tokenizer.json does; {ARRAY}")
-    for number, token in settings.get("added_tokens_decoder", {}).items():
-        if tokenizer.token_to_id(token["content"]) != int(number):
-            fail(f"{path}: the added token {token['content']!r} is not in tokenizer.json; {ARRAY}")
-    if lower:  # as sentence-transformers does it
+    for key, position in {"add_bos_token": 0, "add_eos_token": -1}.items():
+        if settings.get(key) and not encoding.special_tokens_mask[position]:
+            fail(f"{path}: {key} is true, but tokenizer.json adds no such token; {ARRAY}")
+    if declared.lower_case:  # as sentence-transformers does it
         tokenizer.normalizer = Sequence([Lowercase(), tokenizer.normalizer or Sequence([])])
     return tokenizer, settings
+
+
+def read_tokenizer(name, folder):
+    """That of tokenizer.json, if there is one: transformers rebuilds some from their class."""
+    path = folder / "tokenizer.json"
+    if path.exists():
+        return Tokenizer.from_file(str(path))
+    library = AutoTokenizer.from_pretrained(folder)
+    vocabulary_files = library.vocab_files_names.values()
+    if not any((folder / file).exists() for file in vocabulary_files):
+        fail(f"{name} has no tokenizer.json; {ARRAY}")
+    return library.backend_tokenizer
 
 
 def find_special_tokens(config, tokenizer, settings):
@@ -231,20 +241,26 @@ def find_limit(model, limit):
     return min(limit, positions) if positions > 0 else limit
 
 
-def choose_pooling(name, config, asked, declared):
+def is_decoder(config):
+    """Whether a token sees only those before it."""
+    if getattr(config, "is_causal", None) is False:
+        return False
+    if config.model_type in registry.MODEL_FOR_MASKED_LM_MAPPING_NAMES:  # such as BERT
+        return getattr(config, "is_decoder", False)
+    return config.model_type in registry.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def choose_pooling(name, config, requested, declared):
     """The pooling asked for, else the declared one, else a decoder's last token, else [CLS]."""
-    kind = config.model_type
-    decoder = kind in registry.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if kind in registry.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        decoder = getattr(config, "is_decoder", False)
-    if getattr(config, "is_causal", None) is False:  # its tokens see those after them
-        decoder = False
-    pooling, reason = ("last", "it is a decoder") if decoder else ("cls", "it is an encoder")
-    if declared:
+    if requested != "auto":
+        pooling, reason = requested, "as asked"
+    elif declared:
         pooling, reason = declared, "from its sentence-transformers files"
-    if asked != "auto":
-        pooling, reason = asked, "as asked"
-    if decoder and pooling == "cls":
+    elif is_decoder(config):
+        pooling, reason = "last", "it is a decoder"
+    else:
+        pooling, reason = "cls", "it is an encoder"
+    if pooling == "cls" and is_decoder(config):
         fail(f"the first token of {name}, a decoder, does not see the others; try --pooling last")
     print(f"{name}: {pooling} pooling, {reason}")
     return pooling
@@ -261,7 +277,7 @@ def try_forward(name, model, pooling):
     vectors = []  # of the first sentence: alone, and beside the longer one
     for rows in ([0], [0, 1]):
         batch = pad(tokens, rows, model)
-        output = forward(model, batch, output_hidden_states=True)
+        output = model(**batch, output_hidden_states=True)
         pooled = pool(output.last_hidden_state, batch["attention_mask"], pooling)
         vectors.append(pooled[0].float())
     if attention_type:  # a BigBird changes its own for good at the first short batch

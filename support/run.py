@@ -27,25 +27,20 @@ from support.files import keep_apart, load, save, write_json
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl
 RESUME_ADVICE = "the same command with --resume continues (without it, if there is no output yet)"
 DIVERGED_ADVICE = "try a lower --lr or --rho, with another --output"
-POSITIVE = (
-    "lr",
-    "scale",
+ABOVE_0 = {  # the settings, also of other methods, that must be; other numbers may be 0
     "temperature",
+    "student_temperature",
+    "teacher_temperature",
     "anchored_layers",
+    "lr",
+    "projection_lr_scale",
     "epochs",
+    "projection_epochs",
     "batch_size",
     "max_length",
-)  # ends of the names of settings that must be above 0; other numbers may be 0
+}
 MAY_DIFFER = {"resume", "overwrite", "output", "device", "teacher", "student"}  # when resuming
 CARD_MARK = "talas.py rewrites this card"
-OLD_MODEL_FILES = (  # of a model that is overwritten: they would change how the student is read
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "adapter_config.json",
-)
 
 
 # ------------------------------------------------------------------------- devices and processes
@@ -130,7 +125,7 @@ def check_settings(s):
     for name, value in asdict(s).items():
         if type(value) not in (int, float):
             continue
-        if name.endswith(POSITIVE) and not value > 0:
+        if name in ABOVE_0 and not value > 0:
             fail(f"--{name} {value}: it must be above 0")
         if not value >= 0:
             fail(f"--{name} {value}: it must be at least 0")
@@ -180,12 +175,12 @@ def check_output_folder(s):
         fail(f"--resume: {out} holds no run; check --output, or leave --resume out")
     if s.resume or not names:
         return
+    if "metrics.jsonl" not in names:
+        fail(f"--output {out} holds something other than a run; use another --output")
     if not s.overwrite and interrupted(out):
         fail(f"{out} holds an interrupted run; use --resume, --overwrite or another --output")
     if not s.overwrite:
         fail(f"{out} exists; use another --output, or --overwrite to replace it")
-    if not names & {"talas.json", "metrics.jsonl", "config.json"}:
-        fail(f"--output {out} holds neither a run nor a model; use another --output")
 
 
 # ----------------------------------------------------------------------------- checkpoint and log
@@ -287,8 +282,8 @@ class Log:
         if processes() > 1:
             distributed.all_reduce(rows)
         rows = rows.cpu() / processes()
-        self.check_finite(rows, names)
         means = dict(zip(names, rows.mean(0).tolist()))
+        self.check_finite(means)
         seconds = time.perf_counter() - self.clock
         line = {"step": self.count, "epoch": math.ceil(self.count / self.steps)} | means
         line["lr"] = lr
@@ -299,12 +294,12 @@ class Log:
         self.values = []
         self.clock = time.perf_counter()
 
-    def check_finite(self, rows, names):
-        """End the program at the first value that is not finite, by its step and its name."""
-        for row, column in (~rows.isfinite()).nonzero().tolist():
-            self.bar.close()
-            step = self.count - len(rows) + 1 + row
-            fail(f"step {step}: {names[column]} is not finite; {DIVERGED_ADVICE}")
+    def check_finite(self, means):
+        """End the program if a value was not finite since the last line."""
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                self.bar.close()
+                fail(f"{name} is not finite at step {self.count} or before; {DIVERGED_ADVICE}")
 
     def end_epoch(self, lambda_max):
         """Write the line of an epoch."""
@@ -365,14 +360,6 @@ def write_card(path, s, record):
     path.write_text(card, encoding="utf-8")
 
 
-def new_draft(s):
-    """An empty folder in the output folder, for what a finished run leaves."""
-    draft = Path(s.output, ".saving")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    return draft
-
-
 def publish(s, cache, draft):
     """Add talas.json and the card to a draft, and move its files into the output folder."""
     out = Path(s.output)
@@ -387,14 +374,7 @@ def publish(s, cache, draft):
     card = out / "README.md"
     if not card.exists() or CARD_MARK in card.read_text("utf-8", "replace"):
         write_card(draft / "README.md", s, record)
-    for pattern in OLD_MODEL_FILES:
-        for path in out.glob(pattern):
-            path.unlink()
-    for path in sorted(draft.rglob("*")):
-        if path.is_file():
-            place = out / path.relative_to(draft)
-            place.parent.mkdir(exist_ok=True)
-            os.replace(path, place)  # each file whole
+    shutil.copytree(draft, out, copy_function=os.replace, dirs_exist_ok=True)  # moves whole files
     shutil.rmtree(draft)
     (out / "checkpoint.pt").unlink()
     print(", ".join(f"{name} {value:.1f}" for name, value in record["cost"].items()))
