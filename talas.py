@@ -495,7 +495,7 @@ def main(argv=None):
         encoder = load_student(s, cache["sentences"])
         corpus = Corpus(cache, encoder)
         check_fit(s, corpus)
-        dry_run(encoder, corpus, s.output, two_views=s.lambda1 > 0)
+        dry_run(encoder, corpus, s.output)
         objective = Objective(encoder, new_projections(s, encoder, corpus.d_T), s)
         train(s, corpus, objective)
         finish(s, cache, objective)

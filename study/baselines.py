@@ -240,8 +240,7 @@ def start(s, path):
 def train_and_save(s, cache, corpus, objective, keep_epochs):
     """The last steps of talas.main, with Stella's first stage; keep_epochs: as in talas.train."""
     check_fit(s, corpus)
-    two_views = s.lambda1 > 0 or method_of(s) == "distillcse"
-    dry_run(corpus.encoder, corpus, s.output, two_views)
+    dry_run(corpus.encoder, corpus, s.output)
     resumed = s.resume and Path(s.output, "checkpoint.pt").exists()
     if method_of(s) == "stella" and not resumed:
         first_stage(s, corpus, objective)

@@ -230,20 +230,12 @@ def save_encoder(folder, encoder):
     write_json(folder / "config_sentence_transformers.json", {"prompts": {}})
 
 
-def dry_run(encoder, corpus, output, two_views):
-    """Try a training batch and a save, before hours are spent on what cannot end well.
+def dry_run(encoder, corpus, output):
+    """Save the student once before hours are spent on training it, next to the output.
 
-    The trial save is next to the output, on the disk that has to hold it. Ends the program if it
-    fails, or if transformers reads other token ids from it than the encoder is trained with.
+    Ends the program if that fails, or if transformers reads other token ids from what was saved
+    than the encoder is trained with.
     """
-    model = encoder.model.train()
-    tokens = corpus.batch(torch.arange(len(corpus))[:2])[0]
-    views = {name: values.repeat(2, 1) for name, values in tokens.items()}
-    devices = [] if model.device.type == "cpu" else [model.device]
-    with torch.random.fork_rng(devices), torch.no_grad():
-        first, second = pooled_layers(encoder, views)[-1].chunk(2)
-    if two_views and torch.equal(first, second):
-        print("the student has no dropout: the two views that SimCSE compares are the same")
     if not encoder.special_tokens.get("pad_token"):
         fail("the student has no token to pad with; name a pad_token in its tokenizer_config.json")
     with (
@@ -257,5 +249,5 @@ def dry_run(encoder, corpus, output, two_views):
         if reloaded(sentence, truncation=True)["input_ids"] != trained_ids:
             fail(
                 f"transformers tokenizes {sentence[:60]!r} differently from tokenizer.json: it "
-                f"rebuilds the tokenizer of a {model.config.model_type}; use another student"
+                f"rebuilds the tokenizer of a {encoder.model.config.model_type}; use another student"
             )
