@@ -17,10 +17,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import make_pipeline
 from torch.nn import functional as F
 
-from support import attempt, escape_unprintable, fail, interruptible
+from support import attempt, escape_unprintable, fail, interruptible, positive
 from support.data import unique_corpus
 from support.encoder import Encoder, encode, tokenize
-from support.files import check_output, digest, load, positive, save
+from support.files import check_output, digest, load, save
 from support.loading import load_encoder
 from support.run import pick_device
 

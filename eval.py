@@ -22,10 +22,10 @@ from sklearn.metrics import average_precision_score, f1_score
 
 from cache_teacher import fit_lsa
 from demo.tiny import tiny_student
-from support import attempt, escape_unprintable, fail, interruptible
+from support import attempt, escape_unprintable, fail, interruptible, positive
 from support.data import DEMO, HUB, IN_DOMAIN, load_hub_split, read_table, unique_corpus
 from support.encoder import Encoder, encode, tokenize
-from support.files import check_output, positive, read_json, write_json
+from support.files import check_output, read_json, write_json
 from support.loading import load_encoder
 from support.run import pick_device
 

@@ -28,9 +28,9 @@ import talas
 from cache_teacher import load_cache
 from study import baselines, online, released, results, run
 from study.results import BENCH, TABLE3
-from support import attempt, fail
+from support import attempt, fail, positive
 from support.encoder import encode, pad, pool, tokenize
-from support.files import check_output, positive
+from support.files import check_output
 from support.loading import load_encoder
 from support.run import memory_mb, pick_device
 

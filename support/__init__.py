@@ -51,3 +51,11 @@ def interruptible(advice):
     except KeyboardInterrupt:
         print(file=sys.stderr)  # the progress bar has not ended its line
         fail(f"interrupted; {advice}")
+
+
+def positive(text):
+    """An integer of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value

@@ -249,5 +249,5 @@ def dry_run(encoder, corpus, output):
         if reloaded(sentence, truncation=True)["input_ids"] != trained_ids:
             fail(
                 f"transformers tokenizes {sentence[:60]!r} differently from tokenizer.json: it "
-                f"rebuilds the tokenizer of a {encoder.model.config.model_type}; use another student"
+                f"rebuilds a {encoder.model.config.model_type}'s tokenizer; use another student"
             )

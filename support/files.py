@@ -91,14 +91,6 @@ def keep_apart(flag, output, **inputs):
             fail(f"{flag} {output} is the --{name} itself; choose another {flag}")
 
 
-def positive(text):
-    """An integer of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
 def digest(*parts):
     """A hash of plain values, bytes, arrays and tensors, in their order."""
     total = hashlib.sha256()
