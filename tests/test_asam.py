@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import random_rows, small_bert
 from torch.nn import Parameter
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torch.optim import SGD, AdamW
+from torch.nn.utils import parameters_to_vector
+from torch.optim import SGD
 
 from cache_teacher import load_cache
 from support.data import Corpus
@@ -25,6 +25,7 @@ def test_asam_by_hand():
     asam.ascent_step()
     # T = |w| + η = (2, 4). T ∇L = (3, -4), which has the norm 5. T² ∇L = (6, -16)
     assert w.tolist() == pytest.approx([1 + 0.5 * 6 / 5, -3 - 0.5 * 16 / 5])
+    assert w.grad is None
     w.grad = torch.tensor([7.0, 8.0])  # ∇L at w̃
     asam.descent_step()
     assert w.tolist() == pytest.approx([1 - 0.1 * 7, -3 - 0.1 * 8])
@@ -39,55 +40,36 @@ def test_sam_by_hand():
     assert w.tolist() == pytest.approx([1 + 0.5 * 3 / 5, -3 - 0.5 * 4 / 5])
 
 
-def new_layer():
-    """A linear layer, and its optimizer, with a learning rate for each of two parameters."""
+@pytest.mark.parametrize("adaptive, eta", [(True, 0.0), (True, 0.1), (False, 0.1)])
+def test_the_ascent_step_is_equation_2(adaptive, eta):
+    """The norm is over all parameters together: in the formula they are one vector, w."""
     torch.manual_seed(0)
-    layer = torch.nn.Linear(4, 3)
-    groups = [{"params": [layer.weight]}, {"params": [layer.bias], "lr": 0.05}]
-    return layer, AdamW(groups, lr=0.01, weight_decay=0.1)
+    layer = torch.nn.Linear(4, 3, dtype=torch.float64)
+    groups = [{"params": [layer.weight]}, {"params": [layer.bias]}]
+    layer(random_rows(20, 4)).square().mean().backward()
+    gradient = parameters_to_vector([layer.weight.grad, layer.bias.grad])
+    w = parameters_to_vector(layer.parameters()).detach()
+    T = w.abs() + eta if adaptive else torch.ones_like(w)
+    epsilon = 0.5 * T**2 * gradient / (T * gradient).norm()
+    ASAM(SGD(groups), 0.5, eta, adaptive).ascent_step()
+    torch.testing.assert_close(parameters_to_vector(layer.parameters()), w + epsilon)
 
 
-@pytest.mark.parametrize("adaptive, eta", [(True, 0.0), (True, 0.1), (False, 0.0)])
-def test_ten_steps_are_those_of_equation_2(adaptive, eta):
-    """Here w is one vector, of all parameters."""
-    x = random_rows(20, 4, dtype=torch.float32)
-    layer, adamw = new_layer()
-    asam = ASAM(adamw, 0.5, eta, adaptive)
-    for _ in range(10):
-        layer(x).square().mean().backward()
-        asam.ascent_step()
-        layer(x).square().mean().backward()
-        asam.descent_step()
-
-    expected, adamw = new_layer()
-    parameters = list(expected.parameters())
-    for _ in range(10):
-        w = parameters_to_vector(parameters).detach()
-        gradient = torch.autograd.grad(expected(x).square().mean(), parameters)
-        gradient = parameters_to_vector(gradient)
-        T = w.abs() + eta if adaptive else torch.ones_like(w)
-        epsilon = 0.5 * T**2 * gradient / (T * gradient).norm()
-        vector_to_parameters(w + epsilon, parameters)
-        adamw.zero_grad()
-        expected(x).square().mean().backward()
-        vector_to_parameters(w, parameters)
-        adamw.step()
-    torch.testing.assert_close(layer.state_dict(), expected.state_dict())
-
-
-@pytest.mark.parametrize("size, length", [(1e6, 0.5), (1e-6, 0.5), (1e-15, 0), (0, 0)])
-def test_the_ascent_step_has_the_length_rho_unless_the_gradient_is_zero(size, length):
+@pytest.mark.parametrize(
+    "gradient_entry, step_length", [(1e6, 0.5), (1e-6, 0.5), (1e-15, 0), (0, 0)]
+)
+def test_the_ascent_step_has_length_rho_unless_the_gradient_is_zero(gradient_entry, step_length):
     w = Parameter(torch.zeros(4))
-    w.grad = size * torch.ones(4)
+    w.grad = gradient_entry * torch.ones(4)
     ASAM(SGD([w]), rho=0.5, adaptive=False).ascent_step()
-    assert w.norm().item() == pytest.approx(length)
+    assert w.norm().item() == pytest.approx(step_length)
 
 
 def test_w_comes_back_to_the_bit():
     before = random_rows(99, dtype=torch.float32)
     w = Parameter(before.clone())
     asam = ASAM(SGD([w]), rho=2.0)
-    for _ in range(2):  # the second ascent, too, begins at w: the first had no descent
+    for _ in range(2):  # without a descent between them, so the second ascent must begin at w too
         w.grad = torch.ones(99)
         asam.ascent_step()
         assert (w - before).norm() > 0.1
@@ -96,18 +78,18 @@ def test_w_comes_back_to_the_bit():
 
 
 def test_a_parameter_without_gradient_stays():
-    w = Parameter(torch.ones(2))
-    late = Parameter(torch.ones(2))
-    asam = ASAM(SGD([w, late], lr=0.5), rho=2.0)
+    first = Parameter(torch.ones(2))
+    second = Parameter(torch.ones(2))
+    asam = ASAM(SGD([first, second], lr=0.5), rho=2.0)
     asam.ascent_step()  # no gradient at all
-    assert w.tolist() == [1, 1]
-    w.grad = torch.ones(2)
+    assert first.tolist() == [1, 1]
+    first.grad = torch.ones(2)  # at w only the first has a gradient
     asam.ascent_step()
-    assert late.tolist() == [1, 1]
-    late.grad = torch.ones(2)  # at w̃ it has one, and w none
+    assert second.tolist() == [1, 1]
+    second.grad = torch.ones(2)  # at w̃ only the second has one
     asam.descent_step()
-    assert w.tolist() == [1, 1]
-    assert late.tolist() == [1 - 0.5, 1 - 0.5]
+    assert first.tolist() == [1, 1]
+    assert second.tolist() == [1 - 0.5, 1 - 0.5]
 
 
 # --------------------------------------------------------------------------------- λ_max, Table 4
@@ -148,52 +130,43 @@ def test_lambda_max_of_a_spectrum(spectrum, dtype):
     assert lambda_max == pytest.approx(max(spectrum), rel=0.01, abs=1e-12, nan_ok=True)
 
 
-def test_lambda_max_of_a_random_matrix():
-    H = random_rows(300, 300)
-    H = H + H.T
-    w = random_rows(300).requires_grad_()
-    lambda_max = largest_hessian_eigenvalue([partial(quadratic, H, w)], [w])
-    assert lambda_max == pytest.approx(torch.linalg.eigvalsh(H)[-1].item(), rel=0.01)
-
-
-def test_lambda_max_of_the_mean_of_several_losses():
+def test_lambda_max_of_the_mean_of_random_losses():
     """In several parameters, of which the losses use two."""
-    a = random_rows(8).requires_grad_()
-    b = random_rows(2, 2).requires_grad_()
+    a = random_rows(200).requires_grad_()
+    b = random_rows(10, 10).requires_grad_()
     unused = random_rows(3).requires_grad_()
-    H = random_rows(3, 12, 12)
+    H = random_rows(3, 300, 300)  # of three losses
     H = H + H.mT
     losses = [partial(quadratic, H_n, a, b) for H_n in H]
     lambda_max = largest_hessian_eigenvalue(losses, [a, b, unused])
-    expected = torch.linalg.eigvalsh(H.mean(dim=0))[-1]
-    assert lambda_max == pytest.approx(expected.item(), rel=0.01)
+    eigenvalues = torch.linalg.eigvalsh(H.mean(dim=0))  # in ascending order
+    assert lambda_max == pytest.approx(eigenvalues[-1].item(), rel=0.01)
 
 
-def test_lambda_max_of_a_linear_loss_is_zero():
-    w = random_rows(4).requires_grad_()
-    assert largest_hessian_eigenvalue([w.sum], [w]) == 0
-
-
-def test_lambda_max_of_a_loss_that_is_not_finite():
-    """Its Hessian would be 0."""
-    w = (math.inf * torch.ones(4)).requires_grad_()
-    assert math.isnan(largest_hessian_eigenvalue([w.sum], [w]))
+@pytest.mark.parametrize("entry, lambda_max", [(1.0, 0.0), (math.inf, math.nan)])
+def test_lambda_max_of_a_linear_loss_is_zero_if_the_loss_is_finite(entry, lambda_max):
+    w = torch.full([4], entry, requires_grad=True)
+    result = largest_hessian_eigenvalue([w.sum], [w])
+    assert result == pytest.approx(lambda_max, nan_ok=True)
 
 
 @pytest.fixture
-def student(tmp_path, cache):
-    """(objective, corpus, s): Eq. 3 alone, for a student of one layer; 48 sentences."""
+def sharpness_setup(tmp_path, cache):
+    """(objective, corpus, s): what λ_max is measured of.
+
+    A student of one layer, 48 sentences, and settings that leave Eq. 3 alone, in batches of 24.
+    """
     folder = small_bert(tmp_path, num_hidden_layers=1, hidden_size=16, intermediate_size=16)
     encoder = load_encoder(str(folder))
     corpus = Corpus(load_cache(str(cache)), encoder)
     s = Settings(lambda1=0, lambda3=0, anchored_layers=1, batch_size=24)
-    W = 1e-3 * random_rows(16, 8, dtype=torch.float32)  # as a run starts: sharp in W
+    W = 1e-3 * random_rows(16, 8, dtype=torch.float32)  # so λ_max would be far larger with W in it
     return Objective(encoder, [W], s), corpus, s
 
 
-def test_sharpness_is_that_of_the_loss_in_the_students_weights(student):
+def test_sharpness_is_that_of_the_loss_in_the_students_weights(sharpness_setup):
     """Without dropout. The mean of Eq. 3 over two batches of 24 is that over all 48 sentences."""
-    objective, corpus, s = student
+    objective, corpus, s = sharpness_setup
     objective.train()
     sharpness = measure_sharpness(objective, corpus, s)
     model = objective.model.eval()
@@ -208,8 +181,8 @@ def test_sharpness_is_that_of_the_loss_in_the_students_weights(student):
     assert sharpness == pytest.approx(expected, rel=0.01)
 
 
-def test_sharpness_is_over_the_same_two_batches_whatever_the_seed(student):
-    objective, corpus, s = student
+def test_sharpness_is_over_the_same_two_batches_whatever_the_seed(sharpness_setup):
+    objective, corpus, s = sharpness_setup
     sentences = set()
 
     def note_sentences(module, inputs):
@@ -226,8 +199,8 @@ def test_sharpness_is_over_the_same_two_batches_whatever_the_seed(student):
 
 
 @pytest.mark.parametrize("training, attention", [(False, "eager"), (True, "sdpa")])
-def test_sharpness_leaves_the_model_as_found(student, training, attention):
-    objective, corpus, s = student
+def test_sharpness_leaves_the_model_as_found(sharpness_setup, training, attention):
+    objective, corpus, s = sharpness_setup
     objective.train(training)
     objective.model.set_attn_implementation(attention)
     measure_sharpness(objective, corpus, s)
