@@ -28,7 +28,7 @@ from cache_teacher import DTYPES
 from study import baselines
 from support import fail, interruptible
 from support.data import Corpus
-from support.encoder import forward, pad, pool, tokenize
+from support.encoder import pad, pool, tokenize
 from support.files import digest
 from support.loading import load_encoder
 from support.run import RESUME_ADVICE
@@ -140,7 +140,7 @@ def token_states(encoder, batch, attention_layers):
         longest = int(lengths[rows].max())
         rest = mask.shape[1] - longest
         piece = {name: t[rows, :longest] for name, t in batch.items()}
-        output = forward(encoder.model, piece, output_hidden_states=True, **options)
+        output = encoder.model(**piece, output_hidden_states=True, **options)
         middle = output.hidden_states[(encoder.layers + 1) // 2]  # 0: the embeddings
         last = output.hidden_states[-1]
         pieces["middle"].append(F.pad(middle.float(), (0, 0, 0, rest)))
