@@ -6,10 +6,10 @@ import math
 import os
 import re
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,22 +51,18 @@ def test_the_starter_has_no_solutions_and_no_points(tmp_path):
         assert ast.unparse(error) == f"raise NotImplementedError('Exercise {exercise}')"
     assert "eigsh" not in source
     assert "student*/" in (starter / ".gitignore").read_text()
-    handout = (starter / "README.md").read_text("utf-8")
-    for name in make.EXERCISES:
-        assert f"`{name}`" in handout
     for points, line in graded(tmp_path, source.encode()):
         assert points == 0
         assert "NotImplementedError: Exercise" in line
 
 
-def test_make_needs_no_torch_and_says_what_it_wrote(tmp_path):
-    code = "import sys; sys.modules['torch'] = None; import make; make.main()"
-    for flags in (["starter"], ["--key", "key"]):
-        command = [sys.executable, "-c", code, *flags]
-        environment = os.environ | {"PYTHONPATH": str(make.HERE)}
-        output = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True)
-        assert output.startswith(f"{flags[-1]}: the ")
-    assert (tmp_path / "key/talas.py").read_text("utf-8") == SOLUTION
+@pytest.mark.parametrize("flags", [["starter"], ["--key", "key"]])
+def test_make_needs_no_torch_and_says_what_it_wrote(flags, tmp_path):
+    code = f"import sys; sys.modules['torch'] = None; sys.path.append({str(make.HERE)!r})"
+    command = [sys.executable, "-c", f"{code}; import make; make.main()", *flags]
+    output = subprocess.check_output(command, cwd=tmp_path, text=True)
+    assert output.startswith(f"{flags[-1]}: the ")
+    assert (tmp_path / flags[-1] / "talas.py").exists()
 
 
 def test_mistakes_of_the_teacher_are_one_line(tmp_path, monkeypatch, ends_with_one_line):
@@ -81,33 +77,33 @@ def test_mistakes_of_the_teacher_are_one_line(tmp_path, monkeypatch, ends_with_o
 def autograder(tmp_path, monkeypatch):
     """The folder of Gradescope's autograder, with the kit and nothing uploaded."""
     make.main(["--gradescope", str(tmp_path / "kit.zip")])
-    with zipfile.ZipFile(tmp_path / "kit.zip") as kit:
-        kit.extractall(tmp_path / "source")
-        assert kit.getinfo("run_autograder").external_attr >> 16 & 0o100  # it can be executed
-    for folder in ("submission", "results"):
-        (tmp_path / folder).mkdir()
+    shutil.unpack_archive(tmp_path / "kit.zip", tmp_path / "source")
+    (tmp_path / "results").mkdir()
     monkeypatch.setenv("AUTOGRADER", str(tmp_path))
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return tmp_path
 
 
+def run_autograder(folder, python):
+    """What Gradescope's script writes; python: the folder of that program."""
+    environment = os.environ | {"PATH": f"{python}:{os.environ['PATH']}"}
+    subprocess.run(["bash", folder / "source/run_autograder"], env=environment, check=True)
+    return json.loads((folder / "results/results.json").read_text())
+
+
 def test_gradescope_gives_the_solution_100_points(autograder):
-    write_files(autograder / "submission", {"talas.py": SOLUTION})
-    subprocess.run(["bash", autograder / "source/run_autograder"], check=True)
-    results = json.loads((autograder / "results/results.json").read_text())
+    write_files(autograder, {"submission/talas.py": SOLUTION})
+    results = run_autograder(autograder, Path(sys.executable).parent)
     assert results.keys() == {"tests"}
     assert sum(test["score"] for test in results["tests"]) == 100
 
 
-def test_gradescope_without_talas_py_says_so_and_scores_the_student(autograder, monkeypatch):
+def test_gradescope_without_talas_py_says_so_and_scores_the_student(autograder):
     """A student over the budget, which grade.py refuses, does not end the script."""
     fake_python = '#!/bin/sh\necho "$1 $2" >> "$AUTOGRADER/calls"\ntest "$2" = --json\n'
-    write_files(autograder, {"bin/python": fake_python, "submission/student/talas.json": {}})
-    (autograder / "bin/python").chmod(0o700)
-    monkeypatch.setenv("PATH", f"{autograder}/bin:{os.environ['PATH']}")
-    subprocess.run(["bash", autograder / "source/run_autograder"], check=True)
-    results = json.loads((autograder / "results/results.json").read_text())
+    write_files(autograder, {"python": fake_python, "submission/student/talas.json": {}})
+    (autograder / "python").chmod(0o700)
+    results = run_autograder(autograder, autograder)
     assert results["output"].startswith("There is no talas.py")
     calls = (autograder / "calls").read_text()
     assert calls == "grade.py --json\ngrade.py --leaderboard\n"
@@ -129,7 +125,6 @@ def trained(folder, steps=187, student="tiny", batch_size=32, teacher="lsa", cor
     "run, refusal",
     [
         ({"steps": 188}, "188 steps of 32"),
-        ({"steps": 374, "batch_size": 16}, "374 steps of 16"),
         ({"steps": 170, "batch_size": 35}, "170 steps of 35"),
         ({"student": "student"}, "--student student"),
         ({"teacher": "random"}, "another teacher or corpus"),
@@ -145,11 +140,11 @@ def test_the_leaderboard_has_evals_avg(tmp_path, monkeypatch):
     student = trained(tmp_path)
     results = write_files(tmp_path, {"results.json": {"tests": []}}) / "results.json"
 
-    def scores(argv):
-        assert argv[:2] == [student, "--json"]
-        Path(argv[2]).write_text(json.dumps({student: {"avg": 70.837}}))
+    def score(argv):
+        model, flag, path = argv
+        write_files(tmp_path, {path: {model: {"avg": 70.837}}})
 
-    monkeypatch.setattr(evaluation, "main", scores)
+    monkeypatch.setattr(evaluation, "main", score)
     grade.main(["--leaderboard", student, "--json", str(results)])
     board = [{"name": "Avg", "value": 70.84}]
     assert json.loads(results.read_text()) == {"tests": [], "leaderboard": board}
@@ -196,12 +191,10 @@ def simcse_loss(*_): return torch.ones(())
     assert sum(points for points, _ in graded(tmp_path, source.encode(), "2", "3")) == 0
 
 
-def test_a_submission_is_read_as_python_reads_it(tmp_path):
-    latin = "# coding: latin-1\ndef tamd_loss(*_):\n    raise TypeError('é')\n".encode("latin-1")
-    assert graded(tmp_path, latin, "1")[0][1].startswith("TypeError: é, line 3 of talas.py")
-    points, line = graded(tmp_path, b"import torch\nx = = 1\n", "1")[-1]
-    assert points == 0
-    assert "does not load: SyntaxError" in line
+def test_a_file_that_python_cannot_load_gets_no_points(tmp_path):
+    for points, line in graded(tmp_path, b"import torch\nx = = 1\n", "1"):
+        assert points == 0
+        assert "does not load: SyntaxError" in line
 
 
 # --------------------------------------------------------------------------------- right and wrong
@@ -262,13 +255,9 @@ def test_the_key_has_ten_mistakes():
 
 def test_the_key_has_the_means_of_three_seeds():
     measured = json.loads((make.HERE / "measured.json").read_text())
-    settings = {run.partition("--seed")[0] for run in measured}
-    assert len(settings) == 16
-    for flags in settings:
-        seeds = [measured[f"{flags}--seed {seed}"] for seed in (42, 43, 44)]
-        start = f"| `{flags.strip()}` |" if flags else "| the default"
-        rows = [line for line in KEY.splitlines() if line.startswith(start)]
-        for column in seeds[0]:
-            values = [seed[column] for seed in seeds]
+    for run, scores in measured.items():
+        flags = run.partition("--seed")[0]
+        for column in scores:
+            values = [measured[f"{flags}--seed {seed}"][column] for seed in (42, 43, 44)]
             cell = f"| {statistics.mean(values):.4g} ± {statistics.stdev(values):.2g} |"
-            assert any(cell in row for row in rows), f"{flags}: {column}{cell}"
+            assert cell in KEY
