@@ -58,13 +58,10 @@ def test_equations_are_the_papers_in_its_order():
 def test_lines_of_algorithm_1_are_beside_their_function():
     functions = {}
     for row in TREE.iterfind(".//section[@id='Algorithm']/div"):
-        figure = row.find(".//figure")
         for line in row.iterfind(".//blockquote/strong"):
-            functions[line.text] = figure.get("id")
-    for line in ("5", "6", "7", "17"):
-        assert functions[line] == "talas.train"
-    for line in ("9", "11", "13", "15"):
-        assert functions[line] == "talas.training_step"
+            functions[line.text] = row.find(".//figure").get("id")
+    assert functions["9"] == functions["15"] == "talas.training_step"
+    assert functions["5"] == functions["17"] == "talas.train"
 
 
 def test_links_lead_somewhere_and_nothing_is_loaded():
