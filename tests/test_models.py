@@ -59,14 +59,14 @@ class Kind:
 
 
 BERT = Kind("bert", pad_token="[PAD]")
-ROBERTA = Kind("roberta", "<s> $A </s>", {"pad_token_id": 1}, {"pad_token": "<pad>"})
-MODERNBERT = replace(ROBERTA, model_type="modernbert", tokenizer_config={})
-GPT2 = Kind("gpt2", "", {}, {"eos_token": "</s>"}, pad_token="</s>", pooling="last")
+ROBERTA = Kind("roberta", "<s> $A </s>", config={"pad_token_id": 1})
+MODERNBERT = replace(ROBERTA, model_type="modernbert")
+GPT2 = Kind("gpt2", tokenizer_config={"eos_token": "</s>"}, pad_token="</s>", pooling="last")
 LLAMA = Kind(
     "llama",
     "<s> $A",
-    {"pad_token_id": 1},
-    {"pad_token": "<unk>", "padding_side": "left", "add_bos_token": True},
+    config={"pad_token_id": 1},
+    tokenizer_config={"pad_token": "<unk>", "padding_side": "left", "add_bos_token": True},
     pad_token="<unk>",
     pooling="last",
 )
@@ -74,8 +74,8 @@ LAST_STATES_APART = replace(LLAMA, config={"tie_last_hidden_states": False})
 QWEN3 = Kind(
     "qwen3",
     "$A </s>",
-    {"num_key_value_heads": 1},
-    {"pad_token": "</s>"},
+    config={"num_key_value_heads": 1},
+    tokenizer_config={"pad_token": "</s>"},
     pad_token="</s>",
     pooling="last",
 )
