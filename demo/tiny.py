@@ -47,5 +47,6 @@ def tiny_student(sentences, seed, pooling="auto", max_length=256, device="cpu"):
         special_tokens=SPECIAL_TOKENS,
         pooling="cls" if pooling == "auto" else pooling,
         max_length=max_length,
-        widths=(SIZES["hidden_size"],) * SIZES["num_hidden_layers"],
+        layers=SIZES["num_hidden_layers"],
+        dimensions=SIZES["hidden_size"],
     )

@@ -56,18 +56,9 @@ class Encoder:
     special_tokens: dict  # such as {"pad_token": "[PAD]"}, for other programs
     pooling: str  # "cls", "mean" or "last"
     max_length: int  # tokens; longer sentences are cut
-    widths: tuple  # of each of the L layers
+    layers: int  # L, without the embedding layer
+    dimensions: int  # d, the width of the last layer and so of the sentence embedding
     normalize: bool = False  # whether other programs normalise the embedding; here it never is
-
-    @property
-    def layers(self):
-        """L, without the embedding layer."""
-        return len(self.widths)
-
-    @property
-    def dimensions(self):
-        """d, the width of the last layer and so of the sentence embedding."""
-        return self.widths[-1]
 
     def identity(self):
         """A hash of everything but the weights."""

@@ -127,13 +127,15 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
     side = (tokenizer.truncation or {}).get("direction", "right")
     tokenizer.enable_truncation(limit, direction=settings.get("truncation_side") or side)
     pooling = choose_pooling(name, model.config, pooling, declared.pooling)
+    layers, dimensions = try_forward(name, model, pooling)
     return Encoder(
         model=model,
         tokenizer=tokenizer,
         special_tokens=find_special_tokens(model.config, tokenizer, settings),
         pooling=pooling,
         max_length=limit,
-        widths=try_forward(name, model, pooling),
+        layers=layers,
+        dimensions=dimensions,
         normalize=declared.normalize,
     )
 
@@ -268,7 +270,7 @@ def choose_pooling(name, config, requested, declared):
 
 @torch.inference_mode()
 def try_forward(name, model, pooling):
-    """The width of each of the L layers. Ends the program if a vector depends on its batch.
+    """(L, the last layer's width d). Ends the program if a sentence's vector depends on its batch.
 
     Some models see padding in spite of the mask.
     """
@@ -286,4 +288,4 @@ def try_forward(name, model, pooling):
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1  # half precision rounds
     if (beside - alone).norm() > tolerance * alone.norm():
         fail(f"{name}: a sentence's embedding changes when it is batched with a longer one")
-    return tuple(hidden.shape[-1] for hidden in output.hidden_states[1:])
+    return len(output.hidden_states) - 1, alone.shape[0]

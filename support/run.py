@@ -143,10 +143,6 @@ def check_fit(s, corpus):
     if len(corpus) < s.batch_size * processes():
         in_each = f" in each of {processes()} processes" if processes() > 1 else ""
         fail(f"--batch_size {s.batch_size}{in_each}: the corpus has only {len(corpus)} sentences")
-    if len(set(corpus.encoder.widths)) > 1:
-        fail(
-            f"{s.student}: its layers differ in width, {corpus.encoder.widths}; use another student"
-        )
     if s.lambda2 and s.anchored_layers > L:
         fail(f"--anchored_layers {s.anchored_layers}: {s.student} has {L} layers")
     chained_layers = s.lasd_layers or L
