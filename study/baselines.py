@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.nn.functional as F
-from transformers.hf_argparser import HfArg
 
 import talas
 from cache_teacher import load_cache
@@ -32,47 +31,49 @@ from support.run import (
     stop_processes,
 )
 
-RESTART_ADVICE = "the same command starts again from the beginning"
-
 
 # ---------------------------------------------------------------------------------------- settings
 @dataclass(frozen=True)
-class Common(talas.Settings):
-    """The settings of talas.py that all other methods share, also those of online.py."""
+class WithStart(talas.Settings):
+    """TALAS's own settings, and how W starts."""
 
-    optimizer: Literal["asam", "sam", "adamw"] = HfArg(default="adamw", help="Eqs. 2, 8, 9")
+    projection_std: float = 1e-3  # the standard deviation of W's first values
+
+
+@dataclass(frozen=True)
+class Common(WithStart):
+    """The settings that all other methods share, also those of online.py."""
+
+    optimizer: Literal["asam", "sam", "adamw"] = "adamw"
+    # no flags: what belongs to TALAS alone
     lambda3: float = field(default=0.0, init=False)
     anchored_layers: int = field(default=1, init=False)
     lasd_layers: int = field(default=0, init=False)
     detach_guide: bool = field(default=False, init=False)
     disam_lambda: float = field(default=0.0, init=False)
-    projection_std: float = HfArg(default=1e-3, help="standard deviation of W at the start")
-
-
-@dataclass(frozen=True)
-class WithStart(talas.Settings):
-    """TALAS's own settings, and how its W_l start."""
-
-    projection_std: float = HfArg(default=1e-3, help="standard deviation of W at the start")
 
 
 @dataclass(frozen=True)
 class Settings(Common):
     """The common settings, and those that belong to one method; the other methods ignore them."""
 
-    method: Literal["distill", "stella", "distillcse", "rkd"] = HfArg(default="distill")
-    distance: Literal["cosine", "mse"] = HfArg(default="cosine", help="distill: of the embeddings")
-    cosine_weight: float = HfArg(default=10.0, help="stella: weight of the cosine loss")
-    similarity_weight: float = HfArg(default=200.0, help="stella: weight of the similarity loss")
-    relative_weight: float = HfArg(default=20.0, help="stella: weight of relative similarity")
-    margin: float = HfArg(default=0.015, help="stella: margin of relative similarity")
-    projection_epochs: int = HfArg(default=2, help="stella: epochs of W alone, the first stage")
-    temperature: float = HfArg(default=0.05, help="distillcse: temperature of SimCSE")
-    student_temperature: float = HfArg(default=0.025, help="distillcse: of the student's softmax")
-    teacher_temperature: float = HfArg(default=0.0125, help="distillcse: of the teacher's softmax")
-    group_p: float = HfArg(default=0.1, help="distillcse: width of a group; 0: no shuffling")
-    distance_weight: float = HfArg(default=1.0, help="rkd: weight of the distances")
-    angle_weight: float = HfArg(default=2.0, help="rkd: weight of the angles")
+    method: Literal["distill", "stella", "distillcse", "rkd"] = "distill"
+    # distill
+    distance: Literal["cosine", "mse"] = "cosine"
+    # stella: the weights of its three losses, a margin, epochs of W alone
+    cosine_weight: float = 10.0
+    similarity_weight: float = 200.0
+    relative_weight: float = 20.0
+    margin: float = 0.015
+    projection_epochs: int = 2
+    # distillcse: τ of SimCSE and of the two softmaxes; the width of a group, 0 does not shuffle
+    temperature: float = 0.05
+    student_temperature: float = 0.025
+    teacher_temperature: float = 0.0125
+    group_p: float = 0.1
+    # rkd
+    distance_weight: float = 1.0
+    angle_weight: float = 2.0
     # as for TAMD alone: talas.py loads the targets and makes one W
     lambda1: float = field(default=0.0, init=False)
     lambda2: float = field(default=1.0, init=False)
@@ -186,20 +187,20 @@ class Baseline(talas.Objective):
     def forward(self, tokens, teacher, domains=None):
         """(loss, {its terms}); tokens and teacher as in talas.Objective, domains are ignored."""
         s = self.s
-        views = 2 if s.method == "distillcse" else 1
-        z = talas.embed(self.encoder, tokens, s, views)[-1].unbind()  # views of (N, d_S)
+        n_views = 2 if s.method == "distillcse" else 1
+        views = talas.embed(self.encoder, tokens, s, n_views)[-1]  # (views, N, d_S)
+        e = views[0]
         terms = {}
         if s.method == "distillcse":
-            terms["simcse"] = talas.simcse_loss(z[0], z[1], s.temperature)
+            terms["simcse"] = talas.simcse_loss(e, views[1], s.temperature)
             # λ_max is of one function: without the shuffling, as without dropout
-            terms["distillation"] = distribution_loss(z[0], teacher, s, shuffled=self.training)
+            terms["distillation"] = distribution_loss(e, teacher, s, shuffled=self.training)
         elif s.method == "rkd":
-            terms["distillation"] = rkd_loss(z[0], teacher, s)
+            terms["distillation"] = rkd_loss(e, teacher, s)
         elif s.method == "stella":
-            terms["distillation"] = stella_loss(z[0] @ self.projections[0], teacher, s)
+            terms["distillation"] = stella_loss(e @ self.projections[0], teacher, s)
         else:
-            e = z[0] @ self.projections[0]  # (N, d_T)
-            terms["distillation"] = distill_loss(e, teacher, s.distance)
+            terms["distillation"] = distill_loss(e @ self.projections[0], teacher, s.distance)
         loss = sum(terms.values())
         return loss, terms | {"loss": loss}
 
@@ -221,14 +222,14 @@ def first_stage(s, corpus, objective):
     """Stella's first stage: train the projection alone, with the student fixed."""
     print(f"first stage: {s.projection_epochs} epochs of the projection alone")
     objective.model.requires_grad_(False)
-    with tempfile.TemporaryDirectory() as folder, interruptible(RESTART_ADVICE):
-        stage = replace(s, epochs=s.projection_epochs, output=folder, sharpness=False)
+    with tempfile.TemporaryDirectory() as folder:
+        stage = replace(s, epochs=s.projection_epochs, output=folder, resume=False, sharpness=False)
         talas.train(stage, corpus, objective)
     objective.model.requires_grad_(True)
 
 
 def start(s, path):
-    """The first steps of talas.main; path: the cache. Returns what the cache holds."""
+    """The first steps of talas.main; path: the cache, or a corpus. Returns what it holds."""
     check_settings(s)
     check_output_folder(s)
     start_processes(s)
@@ -241,8 +242,7 @@ def train_and_save(s, cache, corpus, objective, keep_epochs):
     """The last steps of talas.main, with Stella's first stage; keep_epochs: as in talas.train."""
     check_fit(s, corpus)
     dry_run(corpus.encoder, corpus, s.output)
-    resumed = s.resume and Path(s.output, "checkpoint.pt").exists()
-    if method_of(s) == "stella" and not resumed:
+    if method_of(s) == "stella":  # also before resuming, which then loads a later state
         first_stage(s, corpus, objective)
     talas.train(s, corpus, objective, keep_epochs)
     talas.finish(s, cache, objective)
@@ -251,15 +251,15 @@ def train_and_save(s, cache, corpus, objective, keep_epochs):
 
 def run(s, kind=Baseline, keep_epochs=None):
     """Train with the settings s; kind: the class of the objective, also one of TALAS's own."""
-    with interruptible(RESUME_ADVICE):
-        cache = start(s, s.teacher)
-        corpus, objective = prepare(s, cache, kind)
-        train_and_save(s, cache, corpus, objective, keep_epochs)
+    cache = start(s, s.teacher)
+    corpus, objective = prepare(s, cache, kind)
+    train_and_save(s, cache, corpus, objective, keep_epochs)
 
 
 def main(argv=None):
     """The command line: that of talas.py with the settings of the methods."""
-    run(talas.parse_settings(argv, Settings))
+    with interruptible(RESUME_ADVICE):
+        run(talas.parse_settings(argv, Settings))
 
 
 if __name__ == "__main__":

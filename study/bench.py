@@ -15,7 +15,6 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
 from datetime import date
 from pathlib import Path
 
@@ -28,16 +27,14 @@ import talas
 from cache_teacher import load_cache
 from study import baselines, online, released, results, run
 from study.results import BENCH, TABLE3
-from support import attempt, fail, positive
 from support.encoder import encode, pad, pool, tokenize
-from support.files import check_output
 from support.loading import load_encoder
 from support.run import memory_mb, pick_device
 
 BATCH_SIZE = 32
 WARM_UP = 4  # turns that are not counted
+TURNS = 24  # turns that are
 ENCODED = 32  # batches that a side embeds in a turn
-COMPARED = ("adamw", "talas")  # Table 3 gives each side's ratio to these
 STEPS = {"talas": "STLA", "adamw": "STL", "simcse": "S", "plain": "STLA", "bfloat16": "STLA"}
 
 
@@ -47,10 +44,10 @@ class Plain(talas.Objective):
     def forward(self, texts, teacher, domains=None):
         """(loss, {its terms}) of N sentences."""
         tokens = pad(tokenize(self.encoder, texts), range(len(texts)), self.model)
-        mask = tokens["attention_mask"]
         views = []
         for _ in range(2):
             states = self.model(**tokens, output_hidden_states=True).hidden_states[1:]
+            mask = tokens["attention_mask"]
             views.append(torch.stack([pool(h, mask, self.encoder.pooling) for h in states]))
         layers = torch.stack(views, dim=1)  # (L, 2, N, d_S)
         loss, terms = talas.total_loss(list(layers), self.projections, teacher, self.s)
@@ -58,27 +55,25 @@ class Plain(talas.Objective):
 
 
 # -------------------------------------------------------------- the sides: functions of positions
-def endless_batches(cache):
-    """The batches of a training without end, positions (N,) each."""
-    for epoch in itertools.count():
-        yield from talas.batches(
-            len(cache["sentences"]), talas.Settings(batch_size=BATCH_SIZE), epoch
-        )
+def batches(cache, n):
+    """n random batches, the same at each call: positions, (N,) each."""
+    generator = torch.Generator().manual_seed(0)
+    sentences = len(cache["sentences"])
+    return [torch.randperm(sentences, generator=generator)[:BATCH_SIZE] for _ in range(n)]
 
 
-def our_step(name, cache, args, device):
+def our_step(name, cache, args):
     """A step of the loop in talas.train, of a row of rows.csv or one that STEPS names."""
     row = STEPS.get(name, name)
-    flags = [f"--student={args.student}", f"--teacher={args.teacher}", f"--device={device}"]
+    flags = [f"--student={args.student}", f"--teacher={args.teacher}"]
     if name == "bfloat16":
         flags.append("--precision=bfloat16")
     s = run.settings_of(row, flags)
     if run.is_online(row):
         corpus, objective = online.prepare(s, cache)
-    elif name == "plain":
-        corpus, objective = baselines.prepare(s, cache, Plain)
     else:
-        corpus, objective = baselines.prepare(s, cache, run.objective_of(row))
+        kind = Plain if name == "plain" else run.objective_of(row)
+        corpus, objective = baselines.prepare(s, cache, kind)
     asam, scheduler = talas.make_optimizer(s, objective.train(), steps=10**6)
 
     def step(rows):
@@ -96,11 +91,7 @@ def released_step(cache, args):
     with tempfile.TemporaryDirectory() as work:
         code = released.distiller(args.released, args.student, cache, work, batch_size=BATCH_SIZE)
     code.model_student.train()
-
-    def step(rows):
-        code.train_step(code.collate_fn([code.train_ds[int(i)] for i in rows]))
-
-    return step
+    return lambda rows: code.train_step(code.collate_fn([code.train_ds[int(i)] for i in rows]))
 
 
 def online_teacher(args, device):
@@ -112,8 +103,7 @@ def embedding(name, cache, args, device):
     """Embedding ENCODED batches: by SentenceTransformer, by encode(), or that with the teacher."""
     texts = cache["sentences"][: ENCODED * BATCH_SIZE]
     if name == "library":
-        with attempt("import sentence-transformers (pip install it)", ImportError):
-            from sentence_transformers import SentenceTransformer
+        from sentence_transformers import SentenceTransformer
 
         model = SentenceTransformer(args.student, device=str(device))
         return lambda rows: model.encode(texts, batch_size=BATCH_SIZE, show_progress_bar=False)
@@ -130,49 +120,39 @@ def side(name, cache, args, device):
         return released_step(cache, args)
     if name in ("library", "encode", "cached"):
         return embedding(name, cache, args, device)
-    return our_step(name, cache, args, device)
+    return our_step(name, cache, args)
 
 
 # ---------------------------------------------------------------------------------- measurements
-def in_turn(sides, batches, device):
-    """The ms that each side takes for each batch that counts: a list of ms for each turn."""
-    turns = []
-    for turn, rows in enumerate(batches):
-        order = list(range(len(sides)))
-        if turn % 2 == 0:
-            order.reverse()
-        ms = [0.0] * len(sides)
-        for i in order:
+def in_turn(sides, cache, device):
+    """{side: its ms in each turn that counts}; sides: {name: function of positions}."""
+    ms = {name: [] for name in sides}
+    for turn, rows in enumerate(batches(cache, WARM_UP + TURNS)):
+        order = list(sides) if turn % 2 else list(reversed(sides))
+        for name in order:
             start = time.perf_counter()
-            sides[i](rows)
+            sides[name](rows)
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
-            ms[i] = 1000 * (time.perf_counter() - start)
-        turns.append(ms)
-    return turns[WARM_UP:]
+            ms[name].append(1000 * (time.perf_counter() - start))
+    return {name: times[WARM_UP:] for name, times in ms.items()}
 
 
-def median_ratio(turns, first, second):
+def median_ratio(ms, first, second):
     """The median over the turns of one side's time to another's."""
-    return statistics.median(ms[first] / ms[second] for ms in turns)
-
-
-def median_ms(turns, i):
-    """The median over the turns of a side's ms."""
-    return statistics.median(ms[i] for ms in turns)
+    return statistics.median(a / b for a, b in zip(ms[first], ms[second]))
 
 
 def peak_mb(step, cache, device):
     """Peak MB of tensors that four steps make: the device allocator's count."""
-    batches = list(itertools.islice(endless_batches(cache), 4))
     memory_mb(device)  # an accelerator's peak counts from here
     if device.type != "cpu":
         before = torch.accelerator.memory_allocated(device) / 2**20
-        for rows in batches:
+        for rows in batches(cache, 4):
             step(rows)
         return memory_mb(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        for rows in batches:
+        for rows in batches(cache, 4):
             step(rows)
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
     sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
@@ -200,20 +180,18 @@ def table3(cache, args, device):
     """{side: {ms, ratio to two others, MB: teacher, student, rest}} of the paper's Table 3."""
     teacher = weights_mb(online_teacher(args, device))
     student = weights_mb(load_encoder(args.student))
-    names = list(TABLE3)
-    sides = [side(name, cache, args, device) for name in names]
-    batches = list(itertools.islice(endless_batches(cache), WARM_UP + args.turns))
-    turns = in_turn(sides, batches, device)
+    sides = {name: side(name, cache, args, device) for name in TABLE3}
+    ms = in_turn(sides, cache, device)
     measured = {}
-    for i, name in enumerate(names):
+    for name in TABLE3:
         # a cache's share of a step: a batch is embedded once and used in each epoch
         share = 1 / ENCODED / talas.Settings.epochs if name == "cached" else 1
-        ratio = {other: share * median_ratio(turns, i, names.index(other)) for other in COMPARED}
-        measured[name] = {"ms": share * median_ms(turns, i), "ratio": ratio}
+        ratio = {other: share * median_ratio(ms, name, other) for other in ("adamw", "talas")}
+        measured[name] = {"ms": share * statistics.median(ms[name]), "ratio": ratio}
         measured[name]["teacher"] = teacher if run.is_online(name) or name == "cached" else 0
         if name != "cached":
             measured[name]["student"] = student
-            measured[name]["rest"] = peak_mb(sides[i], cache, device)
+            measured[name]["rest"] = peak_mb(sides[name], cache, device)
     return measured
 
 
@@ -223,10 +201,11 @@ def measure(name, cache, args, device):
         return table3(cache, args, device)
     if name == "memory":
         return {"ratio": memory_ratio(cache, args, device), "ms": []}
-    sides = [side(BENCH[name][key], cache, args, device) for key in ("first", "second")]
-    batches = itertools.islice(endless_batches(cache), WARM_UP + args.turns)
-    turns = in_turn(sides, batches, device)
-    return {"ratio": median_ratio(turns, 0, 1), "ms": [median_ms(turns, 0), median_ms(turns, 1)]}
+    first = BENCH[name]["first"]
+    second = BENCH[name]["second"]
+    ms = in_turn({key: side(key, cache, args, device) for key in (first, second)}, cache, device)
+    medians = [statistics.median(ms[first]), statistics.median(ms[second])]
+    return {"ratio": median_ratio(ms, first, second), "ms": medians}
 
 
 def main(argv=None):
@@ -238,21 +217,14 @@ def main(argv=None):
     flag("--teacher", help="the model of the cache, to run online")
     flag("--released", help="a clone of the released code")
     flag("--rows", nargs="*", choices=BENCH, help="print some rows; else all are recorded")
-    flag("--turns", type=positive, default=24, help="turns of each side")
-    flag("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
     args = parser.parse_args(argv)
-    check_output("--results", args.results, cache=args.cache)
-    if not args.rows and not (args.teacher and args.released):
-        fail("all rows need --teacher and --released; choose some by --rows")
     cache = load_cache(args.cache)
-    device = pick_device(args.device)
+    device = pick_device("auto")
     entry = {"date": str(date.today()), "machine": results.machine(), "torch": torch.__version__}
     entry["rows"] = {}
     for name in args.rows or BENCH:
-        with redirect_stdout(None):
-            measured = measure(name, cache, args, device)
-        print(name, measured, flush=True)
-        entry["rows"][name] = measured
+        entry["rows"][name] = measure(name, cache, args, device)
+        print(name, entry["rows"][name], flush=True)
     if not args.rows:
         entry["table3"] = entry["rows"].pop("table3")
         results.record(args.results, f"bench/{Path(args.student).name}/{device.type}", entry)

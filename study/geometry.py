@@ -19,31 +19,23 @@ import talas
 from cache_teacher import load_cache
 from study.baselines import cosines
 from study.results import command_line, record
-from support import fail
 from support.data import Corpus
 from support.encoder import pooled_layers
-from support.files import check_output, load
+from support.files import load
 from support.loading import load_encoder
 
 SENTENCES = 960
-BATCH_SIZE = 32
 
 
 @torch.no_grad()
 def geometry(encoder, projections, corpus, rows):
     """A dict for each layer, bottom to top; the projections are those of the top layers."""
     encoder.model.eval()  # without dropout
-    embeddings, targets = [], []
-    for batch in rows.split(BATCH_SIZE):
-        tokens, teacher, _ = corpus.batch(batch)
-        embeddings.append(pooled_layers(encoder, tokens))  # L of (N, d_S)
-        targets.append(teacher)
-    teacher = torch.cat(targets)  # (n, d_T)
+    tokens, teacher, _ = corpus.batch(rows)  # teacher: (n, d_T)
     teacher_cosines = cosines(teacher.double())  # (n (n - 1) / 2,)
-    layers = []
     first_anchored = encoder.layers - len(projections)
-    for i in range(encoder.layers):
-        E = torch.cat([batch[i] for batch in embeddings])  # (n, d_S)
+    layers = []
+    for i, E in enumerate(pooled_layers(encoder, tokens)):  # (n, d_S)
         student_cosines = cosines(E.double())
         layer = {
             "layer": i + 1,
@@ -64,14 +56,10 @@ def main(argv=None):
     parser.add_argument("--teacher", default="teacher.pt", help="the cache")
     parser.add_argument("--names", nargs="*", help="a name for each student; else its folder")
     args = parser.parse_args(argv)
-    check_output("--results", args.results, teacher=args.teacher)
-    names = args.names or args.students
-    if len(names) != len(args.students):
-        fail(f"--names: give {len(args.students)}, one for each student")
     cache = load_cache(args.teacher)
     n = len(cache["sentences"])
     rows = torch.arange(n)[:: max(n // SENTENCES, 1)][:SENTENCES]
-    for folder, name in zip(args.students, names):
+    for folder, name in zip(args.students, args.names or args.students, strict=True):
         encoder = load_encoder(folder)
         W_file = Path(folder, "projections.pt")
         projections = load(W_file) if W_file.exists() else []

@@ -8,9 +8,7 @@ n_T are the numbers of their tokens in the longest sentence. study/README.md lis
 were made.
 """
 
-import argparse
 import sys
-from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -21,12 +19,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers.hf_argparser import HfArg
 
 import talas
 from cache_teacher import DTYPES
 from study import baselines
-from support import fail, interruptible
+from support import interruptible
 from support.data import Corpus
 from support.encoder import pad, pool, tokenize
 from support.files import digest
@@ -48,14 +45,14 @@ OTHER_SPECIAL = "\1" * 20
 class Settings(baselines.Common):
     """The common settings, and those of the online teacher."""
 
-    teacher: str = HfArg(default="", help="Hub id or directory of the model that runs online")
-    corpus: str = HfArg(default="demo", help="as for cache_teacher.py")
-    method: Literal["cdm", "dskd", "emo"] = HfArg(default="cdm")
-    mse: Literal["elements", "sentences"] = HfArg(default="elements", help="mean of numbers, rows")
-    teacher_dtype: Literal[tuple(DTYPES)] = HfArg(default="float32", help="of the weights")
-    teacher_pooling: Literal["auto", "cls", "mean", "last"] = HfArg(default="auto")
+    teacher: str = "BAAI/bge-m3"  # Hub id or directory of the model that runs online
+    corpus: str = "demo"  # as for cache_teacher.py
+    method: Literal[tuple(METHODS)] = "cdm"
+    mse: Literal["elements", "sentences"] = "elements"  # what cdm and dskd take the mean over
+    teacher_dtype: Literal[tuple(DTYPES)] = "float32"  # of the weights
+    teacher_pooling: Literal["auto", "cls", "mean", "last"] = "auto"
+    projection_std: float = 0.0  # of W's first values; 0: the method's own start
     precision: str = field(default="float32", init=False)
-    projection_std: float = HfArg(default=0.0, help="of W at the start; 0: the method's own")
     # as for SimCSE alone: a corpus is enough, no cache is needed
     lambda1: float = field(default=1.0, init=False)
     lambda2: float = field(default=0.0, init=False)
@@ -75,14 +72,6 @@ def edit_distance(a, b):
             next_row.append(min(row[j] + 1, next_row[j - 1] + 1, replaced))
         row = next_row
     return row[-1]
-
-
-def edit_distances(a, b):
-    """The distances between two lists of str: (n_a, n_b)."""
-    distances = np.zeros((len(a), len(b)), int)
-    for i, j in np.ndindex(distances.shape):
-        distances[i, j] = edit_distance(a[i], b[j])
-    return distances
 
 
 def warp(cost):
@@ -110,9 +99,7 @@ def words_of(encoder, sentence, with_special):
 
     Special tokens are left out, or become FIRST_SPECIAL and OTHER_SPECIAL.
     """
-    encoding = encoder.tokenizer.encode(sentence)  # tokenize() has set the maximum length
-    if all(encoding.special_tokens_mask):
-        fail(f"a tokenizer finds no word in the sentence {sentence[:60]!r}; leave it out")
+    encoding = encoder.tokenizer.encode(sentence)
     words = {}
     for i, token in enumerate(encoding.tokens):
         if not encoding.special_tokens_mask[i]:
@@ -133,24 +120,22 @@ def token_states(encoder, batch, attention_layers):
     """
     mask = batch["attention_mask"]
     lengths = mask.sum(1)
+    zeros = torch.zeros(*mask.shape, encoder.dimensions, device=mask.device)
+    states = {"mask": mask, "middle": zeros, "last": zeros.clone()}
+    for name in attention_layers:
+        states[name] = torch.zeros(*mask.shape, mask.shape[1], device=mask.device)
     order = lengths.argsort(stable=True)
-    options = {"output_attentions": True} if attention_layers else {}
-    pieces = defaultdict(list)  # name -> the values of each piece, padded to n tokens
     for rows in order.split(PIECE if mask.device.type == "cpu" else len(mask)):
-        longest = int(lengths[rows].max())
-        rest = mask.shape[1] - longest
-        piece = {name: t[rows, :longest] for name, t in batch.items()}
-        output = encoder.model(**piece, output_hidden_states=True, **options)
-        middle = output.hidden_states[(encoder.layers + 1) // 2]  # 0: the embeddings
-        last = output.hidden_states[-1]
-        pieces["middle"].append(F.pad(middle.float(), (0, 0, 0, rest)))
-        pieces["last"].append(F.pad(last.float(), (0, 0, 0, rest)))
+        n = int(lengths[rows].max())
+        piece = {name: values[rows, :n] for name, values in batch.items()}
+        output = encoder.model(
+            **piece, output_hidden_states=True, output_attentions=bool(attention_layers)
+        )
+        hidden = output.hidden_states  # 0: the embeddings
+        states["middle"][rows, :n] = hidden[(encoder.layers + 1) // 2].float()
+        states["last"][rows, :n] = hidden[-1].float()
         for name, layer in attention_layers.items():
-            attention = output.attentions[layer].float().mean(1)
-            pieces[name].append(F.pad(attention, (0, rest, 0, rest)))
-    states = {"mask": mask}
-    for name, parts in pieces.items():
-        states[name] = torch.cat(parts)[order.argsort()]
+            states[name][rows, :n, :n] = output.attentions[layer].float().mean(1)
     states["sentence"] = pool(states["last"], mask, encoder.pooling)
     return states
 
@@ -176,11 +161,30 @@ def student_mass(importance, links, student_mask):
 def most_important(pairs, importance):
     """A third of a sentence's pairs, at least three: those with the most important teacher tokens.
 
-    pairs: positions of (student token, teacher token), (r, 2); importance: (n_T,).
+    pairs: a list of (student token, teacher token); importance: (n_T,). Returns positions, (r, 2).
     """
-    pairs = torch.from_numpy(pairs).long().to(importance.device)
+    pairs = torch.tensor(pairs, device=importance.device)
     order = importance[pairs[:, 1]].argsort(descending=True, stable=True)
     return pairs[order[: max(3, len(pairs) // 3)]]
+
+
+def nearest(cost):
+    """The pairs of EMO from a cost, (n_T, n_S): (links, mutual), lists of (student, teacher).
+
+    links: each student token with the last teacher token that is nearest to it. mutual: the pairs
+    in which each token is the other's nearest. Of several at equal cost, a token's nearest is the
+    one at the nearest place in its sentence, from 0 to 1.
+    """
+    n_T, n_S = cost.shape
+    distance = np.abs(np.linspace(0, 1, n_T)[:, None] - np.linspace(0, 1, n_S))
+    cost = cost + distance / 2  # decides between equal costs alone: they are whole numbers
+    links = {}
+    mutual = []
+    for i, j in enumerate(cost.argmin(1)):
+        links[j] = i
+        if cost[:, j].argmin() == i:
+            mutual.append((j, i))
+    return list(links.items()), mutual
 
 
 class OnlineCorpus(Corpus):
@@ -191,12 +195,7 @@ class OnlineCorpus(Corpus):
         self.teacher = teacher
         self.method = s.method
         self.teacher_tokens = tokenize(teacher, cache["sentences"])
-        self.links = []  # a sentence's links, (r, 2)
-        self.mutual = []
-        for sentence in cache["sentences"]:
-            links, mutual = self.match(sentence)
-            self.links.append(np.array(links, np.int16))
-            self.mutual.append(np.array(mutual, np.int16))
+        self.matches = [self.match(sentence) for sentence in cache["sentences"]]
 
     def identity(self):
         """A hash of the corpus, the student's and the teacher's configuration and its weights."""
@@ -207,29 +206,20 @@ class OnlineCorpus(Corpus):
     def match(self, sentence):
         """(links, mutual): lists of positions (student token, teacher token) in a sentence.
 
-        links: for cdm the warping path; for dskd every pair of words; for emo each student token
-        with the last teacher token whose nearest token it is. mutual, for emo only: pairs in which
-        each token is the other's nearest.
+        links: for cdm the warping path; for dskd every pair of words. For emo: see nearest.
         """
         with_special = self.method == "emo"
         student_words = words_of(self.encoder, sentence, with_special)
         teacher_words = words_of(self.teacher, sentence, with_special)
-        S, T = list(student_words), list(teacher_words)  # positions
+        S = list(student_words)  # positions
+        T = list(teacher_words)
         if self.method == "dskd":
             return list(product(S, T)), []
-        cost = edit_distances([*teacher_words.values()], [*student_words.values()])  # (n_T, n_S)
+        rows = np.array(list(teacher_words.values()), object)[:, None]
+        cost = np.vectorize(edit_distance)(rows, list(student_words.values()))  # (n_T, n_S)
         if self.method == "cdm":
             return [(S[j], T[i]) for i, j in warp(cost)], []
-        student_place = np.linspace(0, 1, len(S))
-        teacher_place = np.linspace(0, 1, len(T))
-        distance = np.abs(teacher_place[:, None] - student_place)
-        cost = cost + distance / 2  # a tie goes to the token at the nearer place
-        links, mutual = {}, []
-        for i, j in enumerate(cost.argmin(1)):
-            links[S[j]] = T[i]
-            if cost[:, j].argmin() == i:
-                mutual.append((S[j], T[i]))
-        return list(links.items()), mutual
+        return nearest(cost)  # with special tokens, every token has its place in S and T
 
     @torch.no_grad()
     def batch(self, rows):
@@ -242,13 +232,14 @@ class OnlineCorpus(Corpus):
         student_mask = tokens["attention_mask"]
         attention_layers = {}
         if self.method == "emo":  # the teacher has ⌊L_T / L_S⌋ layers for each student layer
-            L_S, L_T = self.encoder.layers, self.teacher.layers
-            attention_layers = {"attention": L_S * (L_T // L_S) - 1, "last_attention": -1}
+            L_S = self.encoder.layers
+            top = L_S * (self.teacher.layers // L_S) - 1
+            attention_layers = {"attention": top, "last_attention": -1}
         teacher_batch = pad(self.teacher_tokens, rows, self.teacher.model)
         teacher = token_states(self.teacher, teacher_batch, attention_layers)
         links = torch.zeros(*student_mask.shape, teacher["mask"].shape[1])
         for i, row in enumerate(rows):
-            student_positions, teacher_positions = self.links[row].T
+            student_positions, teacher_positions = zip(*self.matches[row][0])
             links[i, student_positions, teacher_positions] = 1
         teacher["links"] = links.to(student_mask.device)
         if self.method == "emo":
@@ -257,7 +248,7 @@ class OnlineCorpus(Corpus):
             teacher["mass"] = student_mass(importance, teacher["links"], student_mask)
             teacher["pairs"] = []
             for i, row in enumerate(rows):
-                teacher["pairs"].append(most_important(self.mutual[row], importance[i]))
+                teacher["pairs"].append(most_important(self.matches[row][1], importance[i]))
         return tokens, teacher, domains
 
 
@@ -350,12 +341,10 @@ def new_projections(s, encoder, d_T):
     """
     d_S = encoder.dimensions
     d_A = min(d_S, d_T)  # of queries and keys
-    if s.method == "cdm":
-        shapes = [(d_S, d_T)]
-    elif s.method == "emo":
-        shapes = [(d_T, d_S)]
-    else:
-        shapes = [
+    shapes = {
+        "cdm": [(d_S, d_T)],
+        "emo": [(d_T, d_S)],
+        "dskd": [
             (d_S, d_T),  # to_T
             (d_T, d_S),  # to_S
             (d_S, d_A),  # q_S
@@ -364,9 +353,10 @@ def new_projections(s, encoder, d_T):
             (d_T, d_A),  # q_T
             (d_S, d_A),  # k_S
             (d_S, d_T),  # v_S
-        ]
+        ],
+    }
     projections = []
-    for n, m in shapes:
+    for n, m in shapes[s.method]:
         bound = (6 / (n + m)) ** 0.5 if s.method == "dskd" else n**-0.5
         projections.append(torch.empty(n, m).uniform_(-bound, bound))
     if s.projection_std:
@@ -381,12 +371,12 @@ class Online(talas.Objective):
     def forward(self, tokens, teacher, domains=None):
         """(loss, {its terms}); tokens as in talas.embed, teacher as in OnlineCorpus.batch."""
         s = self.s
-        two_views = {name: t.repeat(2, 1) for name, t in tokens.items()}  # (2 N, n_S)
+        two_views = {name: values.repeat(2, 1) for name, values in tokens.items()}  # (2 N, n_S)
         attention_layers = {"attention": -1} if s.method == "emo" else {}
         states = token_states(self.encoder, two_views, attention_layers)
         z, z_prime = states["sentence"].chunk(2)
         simcse = talas.simcse_loss(z, z_prime, s.temperature)
-        student = {name: x[: len(z)] for name, x in states.items()}  # the first view
+        student = {name: values[: len(z)] for name, values in states.items()}  # the first view
         student["sentence"] = z  # the same numbers, and one path for their gradient
         if s.method == "cdm":
             distillation = cdm_loss(self.projections, student, teacher, s)
@@ -399,19 +389,15 @@ class Online(talas.Objective):
         return loss, {"simcse": simcse, "distillation": distillation, "loss": loss}
 
 
-# ------------------------------------------------------------------------------------ command line
+# ---------------------------------------------------------------------------------------- training
 def parse_settings(argv):
     """Settings from the command line, with the defaults of the method that it names."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--method", nargs="?", default=Settings.method)
-    args, _ = parser.parse_known_args(argv)
-    return talas.parse_settings(argv, Settings, **METHODS.get(args.method, {}))
+    method = talas.parse_settings(argv, Settings).method
+    return talas.parse_settings(argv, Settings, **METHODS[method])
 
 
 def prepare(s, cache):
     """(corpus, objective) for a cache's sentences, with the teacher on the student's device."""
-    if not s.teacher:
-        fail("--teacher is missing: the Hub id or the folder of a model, which runs in every step")
     encoder = talas.load_student(s, cache["sentences"])
     dtype = DTYPES[s.teacher_dtype]
     device = encoder.model.device
@@ -426,15 +412,15 @@ def prepare(s, cache):
 
 def run(s, keep_epochs=None):
     """Train with the settings s; keep_epochs: as in talas.train."""
-    with interruptible(RESUME_ADVICE):
-        cache = baselines.start(s, s.corpus)
-        corpus, objective = prepare(s, cache)
-        baselines.train_and_save(s, cache, corpus, objective, keep_epochs)
+    cache = baselines.start(s, s.corpus)
+    corpus, objective = prepare(s, cache)
+    baselines.train_and_save(s, cache, corpus, objective, keep_epochs)
 
 
 def main(argv=None):
     """The command line: that of talas.py, with a corpus and a teacher that runs online."""
-    run(parse_settings(argv))
+    with interruptible(RESUME_ADVICE):
+        run(parse_settings(argv))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ the teacher, which it would load and drop, by the student. Sentences and targets
 import statistics
 import sys
 import tempfile
-import types
 import unittest.mock
 import warnings
 from dataclasses import asdict, replace
@@ -27,22 +26,6 @@ from support.encoder import save_encoder
 from support.files import write_json
 from support.loading import load_encoder
 
-EVALUATION = (  # what its distiller.py imports from its evaluation
-    "eval_classification_task",
-    "eval_pair_task",
-    "eval_sts_task",
-    "test_cls_tasks",
-    "test_pair_tasks",
-    "test_sts_tasks",
-    "STSDataset",
-    "ClasssifyDataset",
-    "PairDataset",
-)
-
-
-def do_nothing(*arguments):
-    """In the place of an evaluation."""
-
 
 def distiller(folder, student, cache, work, **settings):
     """Its KnowledgeDistiller; work: a folder for its inputs; settings: of its TALASConfig."""
@@ -52,8 +35,7 @@ def distiller(folder, student, cache, work, **settings):
     targets = f"{work}/targets.pt"
     pandas.DataFrame({"text": cache["sentences"]}).to_csv(sentences, index=False)
     torch.save(F.normalize(cache["embeddings"].float(), dim=1), targets)  # as its own cache is
-    evaluation = types.SimpleNamespace(**dict.fromkeys(EVALUATION, do_nothing))
-    sys.modules["src.evaluation.evaluation_automodel"] = evaluation
+    sys.modules["src.evaluation.evaluation_automodel"] = unittest.mock.MagicMock()
     sys.path.insert(0, str(folder))
     warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, once a step
     with attempt(f"import the released code from {folder}", ImportError):

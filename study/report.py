@@ -4,9 +4,9 @@
     python study/report.py study/README.md README.md --plots study       # needs matplotlib
 
 In a file, what is between <!-- table:NAME --> and <!-- end --> becomes that table: gains, methods,
-start, geometry; bench-student-cls-cpu, cost-student-cls-cpu; of a pair, such as B: scores-B
-(every row), main-B (rows of the paper's Tables 1 and 2), summary-B, sharpness-B. Several seeds are
-shown as mean ± standard deviation (of a sample, n - 1), what was not run as –.
+start, geometry; bench-student-cls-cpu, cost-student-cls-cpu; of a pair, such as B: main-B (rows of
+the paper's Tables 1 and 2), summary-B, sharpness-B. Several seeds are shown as mean ± standard
+deviation (of a sample, n - 1), what was not run as –.
 """
 
 import math
@@ -19,18 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from scipy.stats import t
 
 from study import plots, results
-from study.results import (
-    AVERAGES,
-    BENCH,
-    CLAIMS,
-    NAMES,
-    ROWS,
-    START,
-    TABLE3,
-    gains,
-    scores,
-)
-from support import attempt, fail
+from study.results import AVERAGES, BENCH, CLAIMS, NAMES, ROWS, START, TABLE3, gains, scores
 from support.files import read_json
 
 EPOCHS = ["1", "2", "3", "4", "5"]
@@ -65,13 +54,13 @@ def tasks_up(runs, row, without):
     """On how many tasks the mean gain is positive, such as 6/9; – if there is no gain."""
     if not gains(runs, row, without):
         return "–"
-    tasks = [task for task in runs[row][0]["scores"] if task not in AVERAGES]
+    tasks = runs[row][0]["scores"].keys() - AVERAGES
     up = [task for task in tasks if statistics.fmean(gains(runs, row, without, task)) > 0]
     return f"{len(up)}/{len(tasks)}"
 
 
 # ---------------------------------------------------------- tables: lists of rows, a header first
-def score_table(runs, rows, tasks, label="row"):
+def score_table(runs, rows, tasks, label):
     """Scores of rows: the mean over the seeds; for averages the standard deviation, too."""
     table = [[""] + [NAMES[task] for task in tasks]]
     for row in rows:
@@ -154,20 +143,14 @@ def bench_table(entry):
 
 def cost_table(entry):
     """The paper's Table 3: a step's ms, its ratio to TALAS's two, the peak of memory in MB."""
-    header = [
-        f"measured {entry['date']}",
-        "ms",
-        "/ TALAS without ASAM",
-        "paper",
-        "/ TALAS",
-        "paper",
-    ]
-    table = [header + ["teacher", "student", "rest"]]
+    header = [f"measured {entry['date']}", "ms"]
+    header += ["/ TALAS without ASAM", "paper", "/ TALAS", "paper", "teacher", "student", "rest"]
+    table = [header]
     for name, side in entry["table3"].items():
         cells = [TABLE3[name]["label"], f"{side['ms']:.0f}"]
+        paper_ms = TABLE3[name]["paper ms"]  # the paper does not have them all
         for other in ("adamw", "talas"):
             cells.append(rounded(side.get("ratio", {}).get(other), ".2f", missing="–"))
-            paper_ms = TABLE3[name]["paper ms"]  # the paper does not have them all
             ratio = int(paper_ms) / int(TABLE3[other]["paper ms"]) if paper_ms else None
             cells.append(rounded(ratio, ".2f"))
         for part in ("teacher", "student", "rest"):
@@ -178,10 +161,10 @@ def cost_table(entry):
 
 def tables(entries):
     """{name: table} of all that there are results for."""
+    by_pair = results.runs(entries)
     methods = [claim for claim in CLAIMS.values() if claim["claim"].startswith("TALAS over")]
     parts = [claim for claim in CLAIMS.values() if claim not in methods]
     columns = {"paper": "the paper's pairs"}
-    by_pair = results.runs(entries)
     made = {
         "gains": gain_table(by_pair, parts, columns),
         "methods": gain_table(by_pair, methods, columns | {"others": "the same, by others"}),
@@ -190,13 +173,12 @@ def tables(entries):
     }
     for pair, runs in by_pair.items():
         tasks = list(next(iter(runs.values()))[0]["scores"])
-        made[f"main-{pair}"] = score_table(runs, MAIN, tasks)
-        made[f"scores-{pair}"] = score_table(runs, ROWS, tasks)
-        made[f"summary-{pair}"] = score_table(runs, SUMMARY, AVERAGES, label="in words")
+        made[f"main-{pair}"] = score_table(runs, MAIN, tasks, "row")
+        made[f"summary-{pair}"] = score_table(runs, SUMMARY, AVERAGES, "in words")
         made[f"sharpness-{pair}"] = sharpness_table(runs)
     for key, entry in entries.items():
-        if key.startswith("bench/"):
-            name = key.removeprefix("bench/").replace("/", "-")
+        kind, _, name = key.replace("/", "-").partition("-")
+        if kind == "bench":
             made[f"bench-{name}"] = bench_table(entry)
             made[f"cost-{name}"] = cost_table(entry)
     return made
@@ -210,18 +192,14 @@ def markdown(table):
     return "\n".join(lines)
 
 
-def fill(text, made, path):
-    """The text of a file with the table of that name between each pair of marks."""
+def fill(text, made):
+    """A text with the table of that name between each pair of marks."""
     parts = text.split("<!-- table:")
     filled = parts[0]
     for part in parts[1:]:
-        name, _, content = part.partition(" -->")
-        _, end, after = content.partition("<!-- end -->")
-        if not end:
-            fail(f"{path}: the table {name} is left open; it ends with <!-- end -->")
-        if name not in made:
-            fail(f"{path}: there is no table {name}; there are: {', '.join(made)}")
-        filled += f"<!-- table:{name} -->\n{markdown(made[name])}\n{end}{after}"
+        name, content = part.split(" -->", 1)
+        _, after = content.split("<!-- end -->")  # ValueError if a table is left open
+        filled += f"<!-- table:{name} -->\n{markdown(made[name])}\n<!-- end -->{after}"
     return filled
 
 
@@ -234,9 +212,8 @@ def main(argv=None):
     entries = read_json(Path(args.results), needed=True)
     made = tables(entries)
     for path in args.files:
-        with attempt(f"fill {path}"):
-            text = path.read_text("utf-8")
-            path.write_text(fill(text, made, path), "utf-8")
+        text = path.read_text("utf-8")
+        path.write_text(fill(text, made), "utf-8")
     if args.plots:
         plots.draw_all(entries, args.plots)
 

@@ -106,7 +106,7 @@ def describe(folder):
             about["history"][name] = [round(line[name], 6) for line in steps]
     about["lambda_max"] = {}
     for line in lines:
-        if line.get("lambda_max") is not None:
+        if "lambda_max" in line:
             about["lambda_max"][str(line["end_of_epoch"])] = line["lambda_max"]
     return about
 
@@ -114,12 +114,11 @@ def describe(folder):
 def runs(entries):
     """{pair: {row: entries of its runs, by seed}}, in the order of pairs.csv and rows.csv."""
     trained = [entry for entry in entries.values() if "pair" in entry]
-    trained.sort(key=itemgetter("seed"))
     grouped = {}
     for pair, row in product(PAIRS, ROWS):
         same = [entry for entry in trained if entry["pair"] == pair and entry["row"] == row]
         if same:
-            grouped.setdefault(pair, {})[row] = same
+            grouped.setdefault(pair, {})[row] = sorted(same, key=itemgetter("seed"))
     return grouped
 
 

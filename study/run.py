@@ -25,9 +25,9 @@ from study import baselines, online, released
 from study.results import HERE, PAIRS, ROWS, UNTRAINED, command_line, describe, portable, record
 from support import fail
 from support.encoder import pooled_layers
-from support.files import check_output, read_json
+from support.files import read_json
 
-BY_NAME = ("teacher", "released-code")  # rows that `all` leaves out
+BY_NAME = {"teacher", "released-code"}  # rows that `all` leaves out
 
 
 class Released(talas.Objective):
@@ -41,7 +41,7 @@ class Released(talas.Objective):
             if self.second_pass:
                 torch.manual_seed(int(torch.randint(2**62, ())))  # not the first pass's masks
             self.second_pass = not self.second_pass
-        twice = {name: t.repeat(2, 1) for name, t in tokens.items()}  # (2N, T)
+        twice = {name: values.repeat(2, 1) for name, values in tokens.items()}  # (2N, T)
         pooled = pooled_layers(self.encoder, twice, self.s.precision, from_layer=0)
         layers = [E.unflatten(0, (2, -1)) for E in pooled]  # L + 1 of (2, N, d_S)
         loss, terms = talas.total_loss(layers, self.projections, teacher, self.s)
@@ -79,7 +79,7 @@ def objective_of(row):
 # ----------------------------------------------------------------------------------------- a run
 def model_path(args, name):
     """A model's Hub id, or its folder in --models."""
-    return name if "/" in name else str(args.models / name)
+    return name if "/" in name else f"{args.models}/{name}"
 
 
 def make_cache(args, pair, path):
@@ -88,7 +88,7 @@ def make_cache(args, pair, path):
     if args.embeddings and "/" not in PAIRS[pair]["teacher"]:
         teacher = args.embeddings
     flags = ["--teacher", teacher, "--corpus", args.corpus, "--output", path]
-    cache_teacher.main([*flags, "--dtype", PAIRS[pair]["dtype"], "--device", args.device])
+    cache_teacher.main([*flags, "--dtype", PAIRS[pair]["dtype"]])
 
 
 def settings_of_run(args, pair, row, seed):
@@ -98,7 +98,6 @@ def settings_of_run(args, pair, row, seed):
         f"--student={model_path(args, PAIRS[pair]['student'])}",
         f"--output={args.work}/{pair}-{row}-{seed}",
         f"--seed={seed}",
-        f"--device={args.device}",
         f"--sharpness={args.sharpness}",
     ]
     if is_online(row):
@@ -108,13 +107,11 @@ def settings_of_run(args, pair, row, seed):
     return settings_of(row, flags)
 
 
-def check_same(args, place, recorded, entry):
+def check_same(place, recorded, entry):
     """End the program if what is recorded in some place is not the run of this entry."""
     for name in ("data", "corpus", "settings"):
         if recorded.get(name) != entry.get(name):
             fail(f"{place} has another {name}; choose another --results and --work")
-    if args.sharpness and recorded.get("lambda_max") == {}:
-        fail(f"{place} has no lambda_max; choose another --results and --work")
 
 
 def train(args, s, entry):
@@ -123,7 +120,7 @@ def train(args, s, entry):
     row = entry["row"]
     interrupted = (out / "checkpoint.pt").exists()
     if not interrupted and (out / "talas.json").exists():
-        check_same(args, out, describe(out) | {"data": entry["data"]}, entry)
+        check_same(out, describe(out) | {"data": entry["data"]}, entry)
         return
     s = replace(s, resume=interrupted, overwrite=not interrupted)
     keep_epochs = out / "epochs" if args.each_epoch else None
@@ -151,52 +148,41 @@ def run(args, pair, row, seed):
         entry["settings"] = portable(asdict(s))
     recorded = read_json(Path(args.results)).get(key)
     if recorded:
-        check_same(args, f"{args.results}, {key},", recorded, entry)
-        print("done already")
+        check_same(f"{args.results}, {key},", recorded, entry)
         return
     if row not in UNTRAINED:
         train(args, s, entry)
-        entry |= describe(Path(s.output))
-    scores = args.work / f"{pair}-{row}-{seed}.json"
-    evaluation.main([model, "--data", args.data, "--json", str(scores), "--device", args.device])
+        entry |= describe(Path(model))
+    scores = Path(args.work, f"{pair}-{row}-{seed}.json")
+    evaluation.main([model, "--data", args.data, "--json", str(scores)])
     entry["scores"] = read_json(scores)[model]
     record(args.results, key, entry)
 
 
-def parse_args(argv):
-    """The command line."""
+def main(argv=None):
+    """The command line: one run after another, those of the first seed first."""
     parser = command_line(__doc__)
     flag = parser.add_argument
     flag("--pairs", nargs="+", default=list(PAIRS)[:3], choices=PAIRS)
     flag("--rows", nargs="+", default=["STLA"], choices=["all", *ROWS])
     flag("--seeds", nargs="+", type=int, default=[42], help="a run each")
-    flag("--models", type=Path, default=Path("real"), help="folder of the models of A and B")
+    flag("--models", default="real", help="folder of the models of A and B")
     flag("--embeddings", help="array of the embeddings of A's and B's teacher")
     flag("--corpus", default="paper", help="as for cache_teacher.py")
     flag("--data", default="hub", help="as for eval.py")
     flag("--sharpness", action="store_true", help="record lambda_max after each epoch")
     flag("--each_epoch", action="store_true", help="keep the student of each epoch")
     flag("--released", help="a clone of the released code, for the row released-code")
-    flag("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
-    flag("--work", type=Path, default=HERE / "runs", help="folder for caches and students")
+    flag("--work", default=f"{HERE}/runs", help="folder for caches and students")
     args = parser.parse_args(argv)
-    if "all" in args.rows:
-        args.rows += [row for row in ROWS if row not in BY_NAME]
-    args.rows = [row for row in ROWS if row in args.rows]
-    if "released-code" in args.rows and not args.released:
-        fail("--rows released-code needs a clone of that code, --released DIR")
-    check_output("--results", args.results)
-    return args
-
-
-def main(argv=None):
-    """The command line: one run after another, those of the first seed first."""
-    args = parse_args(argv)
-    args.work.mkdir(parents=True, exist_ok=True)
-    (args.work / ".gitignore").write_text("*\n")
-    for seed, pair, row in product(args.seeds, args.pairs, args.rows):
-        print(f"--- {pair}, {row}, seed {seed}", flush=True)
-        run(args, pair, row, seed)
+    rows = set(args.rows)
+    if "all" in rows:
+        rows |= ROWS.keys() - BY_NAME
+    Path(args.work).mkdir(parents=True, exist_ok=True)
+    for seed, pair, row in product(args.seeds, args.pairs, ROWS):
+        if row in rows:
+            print(f"--- {pair}, {row}, seed {seed}", flush=True)
+            run(args, pair, row, seed)
 
 
 if __name__ == "__main__":

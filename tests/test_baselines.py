@@ -103,6 +103,7 @@ def test_rkd_by_hand():
     angles = (0 - 1 / 2) ** 2 + (3 / 5 - 1 / 2) ** 2 + (4 / 5 - 1 / 2) ** 2
     loss = baselines.rkd_loss(student, teacher, baselines.Settings())
     assert loss.item() == pytest.approx(distances / 9 + 2 * angles / 27)
+    assert baselines.distances(student).diagonal().tolist() == [0, 0, 0]
 
 
 def huber(difference):
@@ -293,14 +294,10 @@ def test_stella_trains_w_alone_and_then_both(flags, monkeypatch):
     assert projections[3].std() > 3 * projections[0].std()
 
 
-def test_stella_resumes_the_second_stage_alone(flags, monkeypatch, capsys):
+def test_stella_resumes_to_the_bit(flags, monkeypatch):
     flags = [*flags, "stella", "--projection_epochs", "1"]
-    interrupt(flags, 2, monkeypatch)
-    assert "starts again" in capsys.readouterr().err
     interrupt(flags, 3 + 5, monkeypatch)  # in the second epoch of the second stage
-    capsys.readouterr()
     baselines.main([*flags, "--resume"])
-    assert "first stage" not in capsys.readouterr().out
     resumed = saved_weights()
     baselines.main([*flags, "--overwrite"])
     assert saved_weights() == resumed

@@ -38,7 +38,6 @@ def pair_b(tmp_path, bert, corpus, monkeypatch):
         monkeypatch.setitem(row, "flags", f"{row['flags']} --epochs 2 --batch_size 16 --lr 0.01")
     return [
         "--pairs=B",
-        "--device=cpu",
         f"--models={tmp_path}",
         f"--embeddings={tmp_path}/mpnet.npy",
         f"--corpus={corpus}",
@@ -88,7 +87,7 @@ def test_an_interrupted_run_resumes(pair_b, tmp_path, monkeypatch):
 
     before_each_step(interrupt, monkeypatch)
     flags = [*pair_b, "--rows", "STLA-released"]
-    with pytest.raises(SystemExit):
+    with pytest.raises(KeyboardInterrupt):
         run.main(flags)
     run.main(flags)
     assert steps == [run.Released] * (5 + 3)
@@ -249,7 +248,7 @@ def test_a_file_is_filled_between_its_marks():
     made = {"x": [["", "a"], ["T", "1"]]}
     text = "a <!-- table:x -->\nold\n<!-- end --> b <!-- table:x --><!-- end --> c"
     table = "<!-- table:x -->\n|  | a |\n| --- | ---: |\n| T | 1 |\n<!-- end -->"
-    assert report.fill(text, made, "file") == f"a {table} b {table} c"
+    assert report.fill(text, made) == f"a {table} b {table} c"
 
 
 def test_the_texts_have_our_figures():
@@ -257,7 +256,7 @@ def test_the_texts_have_our_figures():
     for path in (HERE / "README.md", ROOT / "README.md"):
         text = path.read_text("utf-8")
         assert "<!-- table:" in text
-        assert report.fill(text, made, path) == text
+        assert report.fill(text, made) == text
 
 
 @pytest.fixture
