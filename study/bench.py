@@ -33,7 +33,6 @@ from support.run import memory_mb, pick_device
 
 BATCH_SIZE = 32
 WARM_UP = 4  # turns that are not counted
-TURNS = 24  # turns that are
 ENCODED = 32  # batches that a side embeds in a turn
 STEPS = {"talas": "STLA", "adamw": "STL", "simcse": "S", "plain": "STLA", "bfloat16": "STLA"}
 
@@ -124,10 +123,10 @@ def side(name, cache, args, device):
 
 
 # ---------------------------------------------------------------------------------- measurements
-def in_turn(sides, cache, device):
+def in_turn(sides, cache, turns, device):
     """{side: its ms in each turn that counts}; sides: {name: function of positions}."""
     ms = {name: [] for name in sides}
-    for turn, rows in enumerate(batches(cache, WARM_UP + TURNS)):
+    for turn, rows in enumerate(batches(cache, WARM_UP + turns)):
         order = list(sides) if turn % 2 else list(reversed(sides))
         for name in order:
             start = time.perf_counter()
@@ -181,7 +180,7 @@ def table3(cache, args, device):
     teacher = weights_mb(online_teacher(args, device))
     student = weights_mb(load_encoder(args.student))
     sides = {name: side(name, cache, args, device) for name in TABLE3}
-    ms = in_turn(sides, cache, device)
+    ms = in_turn(sides, cache, args.turns, device)
     measured = {}
     for name in TABLE3:
         # a cache's share of a step: a batch is embedded once and used in each epoch
@@ -203,7 +202,8 @@ def measure(name, cache, args, device):
         return {"ratio": memory_ratio(cache, args, device), "ms": []}
     first = BENCH[name]["first"]
     second = BENCH[name]["second"]
-    ms = in_turn({key: side(key, cache, args, device) for key in (first, second)}, cache, device)
+    sides = {key: side(key, cache, args, device) for key in (first, second)}
+    ms = in_turn(sides, cache, args.turns, device)
     medians = [statistics.median(ms[first]), statistics.median(ms[second])]
     return {"ratio": median_ratio(ms, first, second), "ms": medians}
 
@@ -216,6 +216,7 @@ def main(argv=None):
     flag("--student", required=True, help="folder or Hub id of the student to train")
     flag("--teacher", help="the model of the cache, to run online")
     flag("--released", help="a clone of the released code")
+    flag("--turns", type=int, default=24, help="turns of each side that count")
     flag("--rows", nargs="*", choices=BENCH, help="print some rows; else all are recorded")
     args = parser.parse_args(argv)
     cache = load_cache(args.cache)
