@@ -37,10 +37,10 @@ def whole(path):
 
 def save(path, content):
     """torch.save, whole or not at all."""
-    with whole(path) as partial:
+    with whole(path) as partial, open(partial, "wb") as file:
         try:
-            torch.save(content, partial)
-        except RuntimeError:  # torch's words for it are of its own insides
+            torch.save(content, file)
+        except RuntimeError:  # torch's words for a full disk do not mention a disk
             fail(f"cannot write {path}: is the disk full?")
 
 
