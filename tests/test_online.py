@@ -1,7 +1,6 @@
 """The methods with an online teacher: tables worked by hand, each loss in loops, whole runs."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +36,6 @@ def test_edit_distance_by_hand(a, b, distance):
         pytest.param([[0, 1, 6], [5, 4, 1], [9, 7, 2]], [(0, 0), (0, 1), (1, 2), (2, 2)], id="D"),
         pytest.param([[0, 2], [0, 1], [9, 0]], [(0, 0), (1, 0), (2, 1)], id="longer"),
         pytest.param([[0, 0, 0], [0, 0, 0]], [(0, 0), (0, 1), (1, 2)], id="all equally cheap"),
-        pytest.param([[0, 0], [0, 0], [0, 0]], [(0, 0), (1, 0), (2, 1)], id="again, turned"),
     ],
 )
 def test_the_cheapest_path_by_hand(cost, path):
@@ -110,37 +108,6 @@ def test_nearest_tokens_of_emo(cost, pairs):
 
 
 # ------------------------------------------------------------------------------ parts of the losses
-def test_importance_is_a_softmax_of_the_attention_that_a_token_receives():
-    attention = torch.tensor([[[0.2, 0.8, 0.0], [0.6, 0.4, 0.0], [9.0, 9.0, 9.0]]])
-    importance = online.token_importance(attention, torch.tensor([[1, 1, 0]]))
-    received = torch.tensor([0.8, 1.2])  # the third token is padding
-    assert_close(importance[0], pad(received.softmax(0), (0, 1)))
-
-
-def test_mass_is_the_linked_importance_or_the_least():
-    importance = torch.tensor([[0.5, 0.2, 0.3, 0.0]])  # the last token is padding
-    links = torch.zeros(1, 5, 4)
-    links[0, [0, 1, 2], [2, 0, 2]] = 1
-    mass = online.student_mass(importance, links, torch.tensor([[1, 1, 1, 1, 0]]))
-    assert_close(mass, torch.tensor([[0.3, 0.5, 0.3, 0.2, 0.0]]) / 1.3)
-
-
-def test_the_mean_square_of_unit_vectors_is_a_cosine():
-    a = random_rows(6, 4, seed=0)
-    b = random_rows(6, 4, seed=1)
-    distance = (1 - cosine_similarity(a, b)).mean()
-    assert_close(online.unit_mse(a, b), 2 * distance / 4)
-    assert_close(online.unit_mse(a, b, "sentences"), 2 * distance)
-
-
-def test_attention_by_hand():
-    queries = torch.tensor([[[2.0, 0.0, 0.0, 0.0]]])
-    keys = torch.tensor([[[1.0, 0.0, 0.0, 0.0], [0.0, 3.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]]])
-    weights = online.attention(queries, keys, torch.tensor([[1, 1, 0]]))
-    scores = torch.tensor([2 / 4**0.5, 0.0])  # the third key is padding
-    assert_close(weights[0, 0], pad(scores.softmax(0), (0, 1)))
-
-
 def test_cka_of_centred_gram_matrices():
     X = random_rows(6, 4, seed=0)
     Y = random_rows(6, 5, seed=1)
@@ -295,22 +262,6 @@ def test_projections_start_as_the_methods_own_or_as_set(models, method):
         assert W.std().item() == pytest.approx(7, rel=0.1)
 
 
-@pytest.mark.parametrize(
-    "method, defaults",
-    [
-        ("cdm", {"temperature": 0.07, "projection_lr_scale": 2, "warmup_ratio": 0.06}),
-        ("dskd", {"temperature": 0.07, "projection_lr_scale": 1, "warmup_ratio": 0.06}),
-        ("emo", {"temperature": 0.05, "projection_lr_scale": 1, "warmup_ratio": 0.1}),
-    ],
-)
-def test_each_method_has_its_own_defaults(method, defaults):
-    s = online.parse_settings(["--method", method, "--student", "x"])
-    shared = {"optimizer": "adamw", "mse": "elements", "teacher_dtype": "float32"}
-    assert (defaults | shared).items() <= asdict(s).items()
-    s = online.parse_settings(["--method", method, "--student", "x", "--temperature", "1"])
-    assert s.temperature == 1
-
-
 def test_what_the_settings_of_the_teacher_reach(models):
     flags = "--teacher_dtype bfloat16 --teacher_pooling last --max_length 6"
     corpus, _ = prepare(models, flags)
@@ -346,9 +297,8 @@ def saved_weights(folder):
     return Path(folder, "model.safetensors").read_bytes(), projections
 
 
-@pytest.mark.parametrize("method, optimizer", [("cdm", "asam"), ("dskd", "sam"), ("emo", "adamw")])
-def test_an_interrupted_run_resumes_to_the_bit(flags, method, optimizer, monkeypatch):
-    flags += ["--method", method, "--optimizer", optimizer]
+def test_an_interrupted_run_resumes_to_the_bit(flags, monkeypatch):
+    flags += ["--method", "emo", "--optimizer", "asam"]
     online.main(flags)
 
     def stop(number, objective):
@@ -362,21 +312,14 @@ def test_an_interrupted_run_resumes_to_the_bit(flags, method, optimizer, monkeyp
     online.main([*again, "--resume"])
     assert saved_weights("again") == saved_weights("out")
     record = json.loads(Path("again/talas.json").read_text())
-    assert record["settings"]["method"] == method
+    assert record["settings"]["method"] == "emo"
     assert record["teacher"] == record["settings"]["teacher"]
     assert record["corpus"] == fingerprint(SENTENCES)
     assert metrics("again")[0][0].keys() > {"simcse", "distillation", "loss"}
 
 
 @pytest.mark.parametrize(
-    "wrong, word",
-    [
-        (["--teacher", "nowhere/at-all"], "nowhere/at-all"),
-        (["--method", "stella"], "stella"),
-        (["--method"], "--method"),
-        (["--lambda1", "1"], "--lambda1"),
-        (["--batch_size", "1"], "--batch_size 1"),
-    ],
+    "flag, value", [("--teacher", "nowhere/at-all"), ("--method", "stella"), ("--lambda1", "1")]
 )
-def test_a_mistake_is_one_line(flags, wrong, word, ends_with_one_line):
-    ends_with_one_line(lambda: online.main([*flags, *wrong]), word)
+def test_a_mistake_is_one_line(flags, flag, value, ends_with_one_line):
+    ends_with_one_line(lambda: online.main([*flags, flag, value]), value)
