@@ -62,7 +62,7 @@ class Settings:
     is silent, docs/notes.md gives the reason for the default.
     """
 
-    # input and output
+    # input and output; HfArg is a dataclass field with a text for --help
     teacher: str = HfArg(default="teacher.pt", help="teacher cache; with --lambda2 0 also a corpus")
     student: str = HfArg(default="tiny", help="Hub id or directory; tiny: a small BERT, untrained")
     output: str = HfArg(default="student", help="directory for the distilled student")
@@ -89,7 +89,7 @@ class Settings:
     weight_decay: float = HfArg(default=0.01, help="of AdamW, on every parameter")
     warmup_ratio: float = HfArg(default=0.06, help="fraction of the steps in which lr rises from 0")
     epochs: int = HfArg(default=5, help="passes over the corpus")
-    batch_size: int = HfArg(default=32, help="sentences a step, N")
+    batch_size: int = HfArg(default=32, help="sentences a step in each process, N")
     seed: int = HfArg(default=42, help="of initial weights, order and dropout")
     device: str = HfArg(default="auto", help="auto: the accelerator if there is one, else cpu")
     precision: Literal["float32", "bfloat16"] = HfArg(
@@ -107,8 +107,9 @@ def tamd_loss(layers, projections, teacher):
     """
     losses = []
     for E, W in zip(layers, projections, strict=True):
-        # eps=0: a teacher's vector may be short, but it is never zero (cache_teacher.py checks)
-        cosines = (F.normalize(E @ W, dim=-1) * F.normalize(teacher, dim=-1, eps=0)).sum(-1)  # (N,)
+        projected = F.normalize(E @ W, dim=-1)  # (N, d_T)
+        target = F.normalize(teacher, dim=-1, eps=0)  # however short: a cache has no zero vector
+        cosines = (projected * target).sum(-1)  # (N,)
         losses.append(1 - cosines.mean())
     return torch.stack(losses).mean()
 
@@ -145,7 +146,7 @@ def total_loss(layers, projections, teacher, s):
 
     layers: all L, each (views, N, d_S); projections: K of W_l (d_S, d_T); teacher: E^T (N, d_T).
     """
-    first_views = [E[0] for E in layers]  # L of (N, d_S): what TAMD and LASD see
+    first_views = [E[0] for E in layers]  # L of (N, d_S): what TAMD and LASD see (note 8)
     terms = {}
     if s.lambda1:
         view, other_view = layers[-1]
@@ -179,7 +180,7 @@ def embed(encoder, tokens, s, views=1):
     sentences of similar length, which need less padding; the result is the same.
     """
     tokens = {name: t.repeat(views, 1) for name, t in tokens.items()}  # (views N, T)
-    pooled = pooled_layers(encoder, tokens, s.precision)  # L of (views N, d_S)
+    pooled = pooled_layers(encoder, tokens, s.precision)  # L of (views N, d_S), no embedding layer
     return [E.unflatten(0, (views, -1)) for E in pooled]
 
 
@@ -252,13 +253,12 @@ class ASAM:
         T = {p: self.scale(p) for p in moved}
         for p in moved:
             p.grad *= T[p]  # now T_w ∇L(w), in place: new memory would cost more time
-        norm = get_total_norm([p.grad for p in moved])  # over all parameters together
-        if norm < 1e-12:  # next to no gradient gives no direction
-            moved = []
-        for p in moved:
-            self.w[p] = p.clone()
-            epsilon = p.grad.mul_(T[p]).mul_(self.rho / norm)  # ρ T_w² ∇L(w) / ‖T_w ∇L(w)‖₂
-            p.add_(epsilon)
+        norm = get_total_norm([p.grad for p in moved])  # ‖T_w ∇L(w)‖₂, over all parameters
+        if norm >= 1e-12:  # next to no gradient gives no direction
+            for p in moved:
+                self.w[p] = p.clone()
+                epsilon = p.grad.mul_(T[p]).mul_(self.rho / norm)  # ρ T_w² ∇L(w) / ‖T_w ∇L(w)‖₂
+                p.add_(epsilon)
         self.optimizer.zero_grad()
 
     @torch.no_grad()
@@ -293,15 +293,16 @@ def training_step(objective, asam, tokens, teacher, domains, s):
         return without_graph(values)
 
     # 1. Ascent step
-    devices = [] if domains.device.type == "cpu" else [domains.device]
-    with torch.random.fork_rng(devices):  # so that the second pass draws the same dropout masks
+    devices = [] if domains.device.type == "cpu" else [domains.device]  # as all of the batch
+    with torch.random.fork_rng(devices):  # ends with the random state from before, so that the
+        # second pass draws the same dropout masks (note 6)
         climbed_domains = domains if s.optimizer == "disam" else None
         loss, values = objective(tokens, teacher, climbed_domains)
     loss.backward()  # ∇L(w)
     asam.ascent_step()  # w̃ = ASAM_Perturb(w, ∇L, ρ)
 
     # 2. Descent step
-    perturbed_loss, _ = objective(tokens, teacher)  # L(w̃), Eq. 7, for DISAM too
+    perturbed_loss, _ = objective(tokens, teacher)  # L(w̃), Eq. 7, for DISAM too (note 12)
     perturbed_loss.backward()  # g_ASAM
     asam.descent_step()  # line 15, from w, not w̃; AdamW in place of w - lr g (note 9)
     values["sharpness_gap"] = perturbed_loss - values["loss"]
@@ -309,7 +310,7 @@ def training_step(objective, asam, tokens, teacher, domains, s):
 
 
 def batches(n, s, epoch):
-    """The batches of an epoch: positions, (N,) each. The incomplete last batch is dropped."""
+    """The batches of an epoch: positions, (N,) each. It drops an incomplete last one (note 11)."""
     generator = torch.Generator().manual_seed(seed_of(s.seed, epoch, "order"))
     order = torch.randperm(n, generator=generator)
     return order[: n - n % s.batch_size].split(s.batch_size)
@@ -338,7 +339,7 @@ def make_optimizer(s, objective, steps):
 def train(s, corpus, objective, keep_epochs=None):
     """Algorithm 1: train the student and the projections in place, batch by batch.
 
-    keep_epochs: a folder in which the student is kept after each epoch; None keeps none.
+    keep_epochs: a folder, which study/ names, for the student after each epoch; None keeps none.
     """
     steps_per_epoch = len(corpus) // s.batch_size // processes()  # in each process
     asam, scheduler = make_optimizer(s, objective, s.epochs * steps_per_epoch)
@@ -394,24 +395,25 @@ def largest_hessian_eigenvalue(losses, parameters, tolerance=3e-3, vectors=8, se
     parameters = list(parameters)
     w = parameters_to_vector(parameters).detach()
     generator = torch.Generator().manual_seed(seed)
-    v = torch.randn(len(w), generator=generator, dtype=w.dtype)
-    Hv = hessian_vector_product(losses, parameters, v.to(w.device)).cpu()
-    if not Hv.isfinite().all() or not all(loss().isfinite() for loss in losses):
+    start = torch.randn(len(w), generator=generator, dtype=w.dtype)
+    Hv = hessian_vector_product(losses, parameters, start.to(w.device)).cpu()
+    finite_losses = all(loss().isfinite() for loss in losses)  # Hv is 0 of a linear, infinite loss
+    if not finite_losses or not Hv.isfinite().all():
         return float("nan")
     if not Hv.any():  # H is zero: another H almost surely maps a random v to something else
         return 0.0
     if len(w) == 1:  # H is a number, and Lanczos iteration needs two dimensions
-        return (Hv / v).item()
+        return (Hv / start).item()
 
     def matvec(v):
         """H v for ARPACK, from and to numpy."""
-        v = torch.from_numpy(v).to(w)
+        v = torch.from_numpy(v).to(w)  # of w's device and type
         return hessian_vector_product(losses, parameters, v).cpu().numpy()
 
-    H = LinearOperator((len(w), len(w)), matvec=matvec, dtype=v.numpy().dtype)
+    H = LinearOperator((len(w), len(w)), matvec=matvec, dtype=start.numpy().dtype)
     ncv = min(vectors, len(w))
     eigenvalues = eigsh(
-        H, k=1, which="LA", ncv=ncv, tol=tolerance, v0=v.numpy(), return_eigenvectors=False
+        H, k=1, which="LA", ncv=ncv, tol=tolerance, v0=start.numpy(), return_eigenvectors=False
     )
     return float(eigenvalues[0])
 
@@ -450,7 +452,8 @@ def parse_settings(argv, kind=Settings, **defaults):
     parser = HfArgumentParser(kind, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
     parser.set_defaults(**defaults)
-    if parser.parse_args(argv).student == "tiny":  # parsed again below, with its defaults
+    first_parse = parser.parse_args(argv)  # only to see the student: tiny has other defaults
+    if first_parse.student == "tiny":
         shown = ", ".join(f"--{name} {value}" for name, value in tiny.SETTINGS.items())
         print(f"student tiny starts from scratch; unless you set them: {shown}")
         parser.set_defaults(**tiny.SETTINGS)
@@ -491,7 +494,7 @@ def main(argv=None):
     with interruptible(RESUME_ADVICE):
         start_processes(s)
         cache = load_cache(s.teacher, needed=s.lambda2 > 0)
-        torch.manual_seed(s.seed)
+        torch.manual_seed(s.seed)  # of the W_l
         encoder = load_student(s, cache["sentences"])
         corpus = Corpus(cache, encoder)
         check_fit(s, corpus)

@@ -61,8 +61,9 @@ class Encoder:
     normalize: bool = False  # whether other programs normalise the embedding; here it never is
 
     def identity(self):
-        """A hash of everything but the weights."""
-        config = self.model.config.to_json_string()
+        """A hash of what its embeddings depend on, but for the weights."""
+        config = self.model.config.to_diff_dict()
+        config.pop("transformers_version", None)
         return digest([config, self.tokenizer.to_str(), self.pooling])
 
 
@@ -105,7 +106,7 @@ def pad(tokens, rows, model):
     starts = tokens.starts[rows]
     ends = tokens.starts[rows + 1]
     ids = np.zeros((len(rows), (ends - starts).max()), np.int64)
-    mask = np.zeros_like(ids)  # 0 on the right, where there is padding
+    mask = np.zeros_like(ids)  # 0 on the right, where there is padding, whose id is 0, too
     for i, (start, end) in enumerate(zip(starts, ends)):
         ids[i, : end - start] = tokens.ids[start:end]
         mask[i, : end - start] = 1
@@ -166,7 +167,10 @@ def encode(encoder, tokens, batch_size, label=None, part=None):
             hidden = model(**batch).last_hidden_state  # (N, T, d)
             vectors = pool(hidden, batch["attention_mask"], encoder.pooling).float().cpu()
             if not vectors.isfinite().all():
-                fail(f"{label}: embeddings in {model.dtype} are not finite; is the model damaged?")
+                fail(
+                    f"{label}: embeddings in {model.dtype} are not finite; is the model damaged, "
+                    "or the type too small for it?"
+                )
             end = start + len(vectors)
             rows[start:end, :d] = vectors.numpy()
             rows[start:end, d] = 1  # after the vectors: these rows are whole

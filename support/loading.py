@@ -21,12 +21,12 @@ from support.encoder import POOLING_FLAGS, Encoder, Tokens, pad, pool
 from support.files import READ_ERRORS, read_json
 from support.run import interrupted
 
-logging.set_verbosity_error()  # the terminal is for our own lines
-logging.disable_progress_bar()
-
-ARRAY = "encode with sentence-transformers and give the array: cache_teacher.py --teacher X.npy"
-SMALL = ["*.json", "*.txt", "*.model", "*.bpe", "*.codes"]  # all files but weights
-COPIES = ["onnx/*", "openvino/*", "original/*", "consolidated*"]  # of the weights
+ADVICE = (
+    "choose another student; as a teacher, embed with sentence-transformers and give the array "
+    "(cache_teacher.py --teacher X.npy)"
+)
+ALL_BUT_WEIGHTS = ["*.json", "*.txt", "*.model", "*.bpe", "*.codes"]
+WEIGHT_COPIES = ["onnx/*", "openvino/*", "original/*", "consolidated*"]
 MODES = {"cls": "cls", "mean": "mean", "last": "lasttoken"}  # our pooling -> their pooling_mode
 BUFFERS = ("attn.bias", "attention.bias", "masked_bias", "inv_freq")  # in older files of weights
 
@@ -37,8 +37,8 @@ def model_folder(name):
         return Path(name)
     try:
         for weights in ("*.safetensors", "*.bin"):
-            wanted = [*SMALL, weights]
-            folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=COPIES)
+            wanted = [*ALL_BUT_WEIGHTS, weights]
+            folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=WEIGHT_COPIES)
             if list(Path(folder).rglob(weights)):
                 break
         return Path(folder)
@@ -71,15 +71,16 @@ def read_declarations(root):
         types = [module["type"] for module in modules]
         folders = [root / module["path"] for module in modules]
     names = [t.rpartition(".")[2] for t in types if t.startswith("sentence_transformers.")]
-    if names != ["Transformer", "Pooling", "Normalize"][: max(2, len(types))]:
-        fail(f"{path}: type {types} is more than Transformer and Pooling; {ARRAY}")
+    implemented = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
+    if names not in implemented or len(names) < len(types):
+        fail(f"{path}: only Transformer, Pooling and Normalize are read, not {types}; {ADVICE}")
     settings = read_json(root / "config_sentence_transformers.json")
     prompts = settings.get("prompts") or {}
     prompt = prompts.get(settings.get("default_prompt_name"))
     if prompt:
-        fail(f"{root} puts a prompt before every sentence, {prompt!r}; {ARRAY}")
+        fail(f"{root} puts a prompt before every sentence, {prompt!r}; {ADVICE}")
     if settings.get("truncate_dim"):
-        fail(f"{root}: truncate_dim {settings['truncate_dim']} is not implemented; {ARRAY}")
+        fail(f"{root}: truncate_dim {settings['truncate_dim']} is not implemented; {ADVICE}")
     path = folders[0] / "sentence_bert_config.json"
     if not path.exists():  # older versions name it after the model: sentence_roberta_config.json
         path = next(folders[0].glob("sentence_*_config.json"), path)
@@ -102,7 +103,7 @@ def read_pooling(path):
     for pooling, flag in POOLING_FLAGS.items():
         if mode == MODES[pooling] or flags == [flag]:
             return pooling
-    fail(f"{path}: pooling_mode {mode or flags} is not implemented; {ARRAY}")
+    fail(f"{path}: pooling_mode {mode or flags} is not implemented; {ADVICE}")
 
 
 def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, device="cpu"):
@@ -111,6 +112,8 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
     max_length: tokens; dtype: of the loaded weights, whatever type the files hold. Ends the program
     with one line if the model is not understood well enough for its embeddings to be right.
     """
+    logging.set_verbosity_error()  # the terminal is for our own lines
+    logging.disable_progress_bar()
     root = model_folder(name)
     if interrupted(root):
         fail(f"{name} holds an interrupted run; finish it first, with --resume")
@@ -118,7 +121,7 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
     model = load_model(name, declared.folder, dtype).to(device)
     tokenizer, settings = load_tokenizer(name, declared)
     limit = declared.max_length or settings.get("model_max_length") or max_length
-    with attempt(f"read the maximum length of {name} in its tokenizer's files", TypeError):
+    with attempt(f"read the maximum length of {name} in its tokenizer's files", TypeError):  # "512"
         limit = min(max_length, limit)
     limit = find_limit(model, limit)
     special = tokenizer.num_special_tokens_to_add(False)
@@ -148,7 +151,7 @@ def load_model(name, folder, dtype):
         fail(f"{folder / 'adapter_config.json'}: adapters are not implemented; merge it first")
     for key in ("auto_map", "quantization_config"):  # code of the model's own; quantised weights
         if settings.get(key):
-            fail(f"{path}: {key} is not implemented; {ARRAY}")
+            fail(f"{path}: {key} is not implemented; {ADVICE}")
     what = f"load {name} (are its files whole, and do they fit each other?)"
     with attempt(what, *READ_ERRORS, SafetensorError, ImportError):
         config = AutoConfig.from_pretrained(
@@ -158,7 +161,7 @@ def load_model(name, folder, dtype):
             use_cache=False,  # of keys and values, for a next token that nobody asks for
         )
         if config.is_encoder_decoder:
-            fail(f"{name} is an encoder-decoder, which is not implemented; {ARRAY}")
+            fail(f"{name} is an encoder-decoder, which is not implemented; {ADVICE}")
         model, report = AutoModel.from_pretrained(
             folder,
             config=config,
@@ -184,7 +187,7 @@ def check_weights(name, model, report):
     for key in report["unexpected_keys"]:  # those of a head are unexpected, and not used
         in_a_layer = any(layer in f".{key}" for layer in layers)
         if in_a_layer and not key.endswith(BUFFERS):
-            fail(f"{name}: a {type(model).__name__} does not use its weight {key}; {ARRAY}")
+            fail(f"{name}: a {type(model).__name__} does not use its weight {key}; {ADVICE}")
 
 
 def load_tokenizer(name, declared):
@@ -195,10 +198,10 @@ def load_tokenizer(name, declared):
     settings = read_json(declared.folder / "special_tokens_map.json") | read_json(path)
     encoding = tokenizer.encode("a")
     if any(encoding.type_ids):
-        fail(f"{name}: its tokenizer gives token types, which are not implemented; {ARRAY}")
+        fail(f"{name}: its tokenizer gives token types, which are not implemented; {ADVICE}")
     for key, position in {"add_bos_token": 0, "add_eos_token": -1}.items():
         if settings.get(key) and not encoding.special_tokens_mask[position]:
-            fail(f"{path}: {key} is true, but tokenizer.json adds no such token; {ARRAY}")
+            fail(f"{path}: {key} is true, but tokenizer.json adds no such token; {ADVICE}")
     if declared.lower_case:  # as sentence-transformers does it
         tokenizer.normalizer = Sequence([Lowercase(), tokenizer.normalizer or Sequence([])])
     return tokenizer, settings
@@ -212,7 +215,7 @@ def read_tokenizer(name, folder):
     library = AutoTokenizer.from_pretrained(folder)
     vocabulary_files = library.vocab_files_names.values()
     if not any((folder / file).exists() for file in vocabulary_files):
-        fail(f"{name} has no tokenizer.json; {ARRAY}")
+        fail(f"{name} has no tokenizer.json; {ADVICE}")
     return library.backend_tokenizer
 
 

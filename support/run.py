@@ -39,7 +39,8 @@ ABOVE_0 = {  # the settings, also of other methods, that must be; other numbers 
     "batch_size",
     "max_length",
 }
-MAY_DIFFER = {"resume", "overwrite", "output", "device", "teacher", "student"}  # when resuming
+# when resuming; corpus.identity() has the content of the teacher's cache and of the student
+MAY_DIFFER = {"resume", "overwrite", "output", "device", "teacher", "student"}
 CARD_MARK = "talas.py rewrites this card"
 
 
@@ -57,7 +58,7 @@ def pick_device(name):
 
 
 def memory_mb(device):
-    """Megabytes in use: an accelerator's peak since the last call, or this process's own memory."""
+    """Megabytes in use: an accelerator's peak since the last call; on a CPU, the memory now."""
     if device.type != "cpu":
         peak = torch.accelerator.max_memory_allocated(device) / 2**20
         torch.accelerator.reset_peak_memory_stats(device)
@@ -123,11 +124,11 @@ def seed_of(*parts):
 def check_settings(s):
     """End the program if a setting has no meaning."""
     for name, value in asdict(s).items():
-        if type(value) not in (int, float):
+        if type(value) not in (int, float):  # a bool is an int, but not of that type
             continue
         if name in ABOVE_0 and not value > 0:
             fail(f"--{name} {value}: it must be above 0")
-        if not value >= 0:
+        if not value >= 0:  # also nan
             fail(f"--{name} {value}: it must be at least 0")
     if s.warmup_ratio > 1:
         fail(f"--warmup_ratio {s.warmup_ratio}: it is a fraction of the steps, at most 1")
@@ -154,8 +155,9 @@ def check_fit(s, corpus):
 
 
 def interrupted(folder):
-    """Whether a folder holds an unfinished run."""
-    return Path(folder, "checkpoint.pt").exists() and Path(folder, "metrics.jsonl").exists()
+    """Whether a folder holds an unfinished run, also one that has not yet a checkpoint."""
+    names = {path.name for path in Path(folder).glob("*")}
+    return "metrics.jsonl" in names and ("checkpoint.pt" in names or "talas.json" not in names)
 
 
 def check_output_folder(s):

@@ -73,7 +73,7 @@ def test_w_comes_back_to_the_bit():
         w.grad = torch.ones(99)
         asam.ascent_step()
         assert (w - before).norm() > 0.1
-    asam.descent_step()  # there is no gradient at w̃
+    asam.descent_step()  # without a gradient at w̃, SGD leaves w alone
     assert torch.equal(w, before)
 
 
@@ -100,7 +100,7 @@ def test_lambda_max_by_hand():
     def loss():
         return w[0] ** 2 * w[1]
 
-    # λ² - 4 λ - 4 = 0
+    # the larger root of λ² - 4 λ - 4 = 0
     assert largest_hessian_eigenvalue([loss], [w]) == pytest.approx(2 + math.sqrt(8), rel=0.01)
 
 
@@ -160,7 +160,9 @@ def sharpness_setup(tmp_path, cache):
     encoder = load_encoder(str(folder))
     corpus = Corpus(load_cache(str(cache)), encoder)
     s = Settings(lambda1=0, lambda3=0, anchored_layers=1, batch_size=24)
-    W = 1e-3 * random_rows(16, 8, dtype=torch.float32)  # so λ_max would be far larger with W in it
+    W = 1e-3 * random_rows(
+        16, 8, dtype=torch.float32
+    )  # with W in it λ_max would be far larger
     return Objective(encoder, [W], s), corpus, s
 
 

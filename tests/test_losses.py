@@ -1,7 +1,8 @@
 """The losses of Section 3: each worked by hand, then as the paper prints it, in loops.
 
 i and j number the N sentences of a batch. `layers` has one E of shape (N, d_S) for each layer: E[i]
-is the student's embedding of sentence i after that layer. `teacher` has the shape (N, d_T).
+is the student's embedding of sentence i after that layer; a tensor (L, N, d_S) is such a list.
+`teacher` has the shape (N, d_T).
 assert_close compares a loss with the paper's formula. gradcheck compares the gradient that autograd
 gives with finite differences, (L(x + h) - L(x - h)) / 2h, for each entry x of its inputs.
 """
@@ -38,7 +39,7 @@ def test_tamd_by_hand(length):
     # the first is in the direction of its embedding, the second at an angle of 135 degrees
     teacher = length * torch.tensor([[3.0, 0.0], [1.0, -1.0]])
     loss = tamd_loss([embeddings], [W], teacher)
-    assert loss.item() == pytest.approx(((1 - 1) + (1 + math.sqrt(0.5))) / 2)
+    assert loss.item() == pytest.approx(((1 - 1) + (1 - math.cos(math.radians(135)))) / 2)
 
 
 def test_tamd_is_equation_3():
@@ -87,6 +88,7 @@ def test_lasd_is_equations_4_and_5(detach_guide):
     expected = total / (2 * 4**2)  # L - 1 = 2 pairs of layers, N² = 16 entries of R
     loss = lasd_loss(layers, detach_guide)
     assert_close(loss, expected)
+    # not gradcheck, whose finite differences would also move the detached guide
     gradient = torch.autograd.grad(loss, layers)
     assert_close(gradient, torch.autograd.grad(expected, layers))
 
@@ -151,7 +153,7 @@ def test_total_loss_is_equation_7(lasd_layers, chained, detach_guide):
     expected = 0.3 * simcse + 0.5 * tamd + 0.7 * lasd
     assert_close(terms, {"simcse": simcse, "tamd": tamd, "lasd": lasd})
     assert_close(loss, expected)
-    gradient = torch.autograd.grad(loss, layers)  # the one that detach_guide changes
+    gradient = torch.autograd.grad(loss, layers)  # detach_guide changes only the gradient
     assert_close(gradient, torch.autograd.grad(expected, layers))
 
 
@@ -208,7 +210,7 @@ def test_without_simcse_a_sentence_goes_through_the_student_once(encoder, tokens
 
     encoder.model.embeddings.register_forward_hook(note_size)
     Objective(encoder, [], Settings(lambda1=lambda1, lambda2=0))(tokens, None)
-    assert sum(sizes) == views * 48
+    assert sum(sizes) == views * 48  # a sum, because a CPU takes a batch in pieces
 
 
 @pytest.mark.parametrize(
