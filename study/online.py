@@ -215,8 +215,9 @@ class OnlineCorpus(Corpus):
         T = list(teacher_words)
         if self.method == "dskd":
             return list(product(S, T)), []
-        rows = np.array(list(teacher_words.values()), object)[:, None]
-        cost = np.vectorize(edit_distance)(rows, list(student_words.values()))  # (n_T, n_S)
+        S_words = np.array(list(student_words.values()), object)  # str would lose a final \0
+        T_words = np.array(list(teacher_words.values()), object)
+        cost = np.vectorize(edit_distance)(T_words[:, None], S_words)  # (n_T, n_S)
         if self.method == "cdm":
             return [(S[j], T[i]) for i, j in warp(cost)], []
         return nearest(cost)  # with special tokens, every token has its place in S and T

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 def escape_unprintable():
     """Print what a stream's encoding lacks as \\u03b5: a pipe on Windows has no ε.
 
-    Each script calls it first. Importing support changes nothing.
+    Each script calls it first: importing support changes no stream.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook's streams print everything

@@ -21,6 +21,9 @@ from support.encoder import POOLING_FLAGS, Encoder, Tokens, pad, pool
 from support.files import READ_ERRORS, read_json
 from support.run import interrupted
 
+logging.set_verbosity_error()  # transformers: the terminal is for our own lines
+logging.disable_progress_bar()
+
 ADVICE = (
     "choose another student; as a teacher, embed with sentence-transformers and give the array "
     "(cache_teacher.py --teacher X.npy)"
@@ -112,8 +115,6 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
     max_length: tokens; dtype: of the loaded weights, whatever type the files hold. Ends the program
     with one line if the model is not understood well enough for its embeddings to be right.
     """
-    logging.set_verbosity_error()  # the terminal is for our own lines
-    logging.disable_progress_bar()
     root = model_folder(name)
     if interrupted(root):
         fail(f"{name} holds an interrupted run; finish it first, with --resume")
