@@ -64,6 +64,13 @@ def test_runs_are_recorded_under_their_names(pair_b, tmp_path, monkeypatch):
     assert scores != recorded["B/before"]["scores"]
 
 
+def test_all_rows_but_those_that_need_more(pair_b, monkeypatch):
+    started = []
+    monkeypatch.setattr(run, "run", lambda args, pair, row, seed: started.append(row))
+    run.main([*pair_b, "--rows", "all"])
+    assert sorted([*started, "teacher", "released-code"]) == sorted(ROWS)
+
+
 def test_a_run_on_another_corpus_is_refused(pair_b, tmp_path, ends_with_one_line):
     flags = [*pair_b, "--rows", "T"]
     run.main(flags)
@@ -107,15 +114,25 @@ def test_the_released_objective(bert, cache):
     assert values["sharpness_gap"] != 0  # w̃ = w at ρ = 0: the second pass has other masks
 
 
+def test_the_papers_pairs():
+    names = [(PAIRS[pair]["teacher"], PAIRS[pair]["student"]) for pair in list(PAIRS)[:3]]
+    minilm = "nreimers/MiniLMv2-L6-{}-distilled-from-BERT-Base"
+    assert names == [
+        ("Qwen/Qwen3-Embedding-0.6B", minilm.format("H384")),
+        ("BAAI/bge-m3", minilm.format("H768")),
+        ("Qwen/Qwen3-Embedding-4B", "google-bert/bert-base-uncased"),
+    ]
+
+
 def test_recorded_settings_are_those_of_the_rows():
     for key, entry in read_json(HERE / "results.json").items():
         if entry.get("settings"):
             pair = PAIRS[entry["pair"]]
             flags = [f"--student={pair['student']}", f"--seed={entry['seed']}"]
             if run.is_online(entry["row"]):
-                flags += ["--teacher=mpnet", "--corpus=corpus.jsonl"]
+                flags += [f"--teacher={pair['teacher']}", "--corpus=corpus.jsonl"]
             else:
-                flags.append("--teacher=mpnet.pt")
+                flags.append(f"--teacher={pair['teacher']}.pt")
             settings = run.settings_of(entry["row"], flags)
             assert portable(asdict(settings)) == entry["settings"], key
 
@@ -214,6 +231,7 @@ def test_scores_by_hand():
     # Avg: 70, 71, 72 deviate from 71 by 1, 0, 1; 70.5, 74.5 from 72.5 by 2, 2, so √8
     assert line(made["main-B"], "T")[-4:] == ["8.00", "10.00 ± 0.00", "–", "71.00 ± 1.00"]
     assert line(made["summary-B"], "TALAS without")[-1] == "72.50 ± 2.83"
+    assert line(made["start"], "distill") == ["10.00", "60.00", "–", "–", "55.00"]
 
 
 def test_gains_by_hand():
@@ -226,11 +244,6 @@ def test_gains_by_hand():
     assert line(made["gains"], "TAMD alone:") == ["", "+61.00 [+58.52, +63.48]", "0/9"]
     talas_over_distill = report.tables(ENTRIES | {"x": entry("STLA", 1, 2.0, 58.0)})["methods"]
     assert line(talas_over_distill, "TALAS over distill") == ["", "", "-2.00", "1/9"]
-
-
-def test_starts_by_hand():
-    made = report.tables(ENTRIES)
-    assert line(made["start"], "distill") == ["10.00", "60.00", "–", "–", "55.00"]
 
 
 def test_sharpness_and_cost_by_hand():
@@ -277,9 +290,11 @@ def drawn(monkeypatch):
 def test_plots_of_the_study(drawn, tmp_path):
     plots.draw_all(ENTRIES, tmp_path)
     (terms,) = drawn["B-terms.svg"]  # SimCSE, which is 0, is not drawn
+    assert terms.get_title() == "TAMD"
     assert terms.lines[0].get_xydata().tolist() == [[50, 0.9], [100, 0.5]]
     (scores,) = drawn["B-scores.svg"]
     assert [mark.get_label() for mark in scores.lines] == ["T", "STL", "distill"]
+    assert scores.get_title() == "gain over the untrained student"
     assert scores.lines[0].get_ydata()[-1] == 8 - 10  # STS-B of T: the mean of 7, 8, 9
     (starts,) = drawn["B-start.svg"]
     assert [bar.get_height() for bar in starts.containers[0]] == [60 - 10, 0, 0, 55 - 10]
