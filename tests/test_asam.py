@@ -160,9 +160,7 @@ def sharpness_setup(tmp_path, cache):
     encoder = load_encoder(str(folder))
     corpus = Corpus(load_cache(str(cache)), encoder)
     s = Settings(lambda1=0, lambda3=0, anchored_layers=1, batch_size=24)
-    W = 1e-3 * random_rows(
-        16, 8, dtype=torch.float32
-    )  # with W in it λ_max would be far larger
+    W = 1e-3 * random_rows(16, 8, dtype=torch.float32)  # with W in it λ_max would be far larger
     return Objective(encoder, [W], s), corpus, s
 
 
