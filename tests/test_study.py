@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 import talas
 from cache_teacher import load_cache
 from study import baselines, bench, geometry, plots, report, run
-from study.results import HERE, PAIRS, ROWS, TABLE3, describe, portable
+from study.results import HERE, NAMES, PAIRS, ROWS, TABLE3, describe, portable
 from support.files import read_json
 
 CPU = torch.device("cpu")
@@ -193,9 +193,8 @@ def test_the_benchmark_by_hand(seconds, bert, cache):
 # -------------------------------------------------------------------------------- tables and plots
 def entry(row, seed, stsb, avg, **more):
     """An entry of pair B whose other tasks score 50."""
-    tasks = ["banking77", "tweet", "emotion", "mrpc", "scitail", "wic", "sick", "sts12"]
-    scores = dict.fromkeys(tasks, 50.0) | {"stsb": stsb}
-    scores |= {"avg_in": 10.0, "avg_out": None, "avg": avg}
+    scores = dict.fromkeys(NAMES, 50.0)
+    scores |= {"stsb": stsb, "avg_in": 10.0, "avg_out": None, "avg": avg}
     return {"pair": "B", "row": row, "seed": seed, "scores": scores} | more
 
 
