@@ -67,20 +67,15 @@ def test_distribution_loss_is_a_cross_entropy_over_the_other_sentences():
     assert_close(baselines.distribution_loss(E, T, s, shuffled=False), total / 6)
 
 
-# ----------------------------------------------------------------------- what the settings reach
-@pytest.fixture
-def prepare(here):
-    """(objective, its batch of 7 sentences) for some flags."""
-
-    def prepare(flags):
-        argv = f"--student bert --device cpu {flags}".split()
-        s = talas.parse_settings(argv, baselines.Settings)
-        torch.manual_seed(0)
-        corpus, objective = baselines.prepare(s, torch.load("teacher.pt"))
-        tokens, teacher, _ = corpus.batch(torch.arange(7))
-        return objective, tokens, teacher
-
-    return prepare
+# -------------------------------------------------------------- the objectives with their settings
+def prepare(flags):
+    """(objective, its batch of 7 sentences) for some flags, in the folder of the fixture here."""
+    argv = f"--student bert --device cpu {flags}".split()
+    s = talas.parse_settings(argv, baselines.Settings)
+    torch.manual_seed(0)
+    corpus, objective = baselines.prepare(s, torch.load("teacher.pt"))
+    tokens, teacher, _ = corpus.batch(torch.arange(7))
+    return objective, tokens, teacher
 
 
 def last_layer(objective, tokens):
@@ -88,7 +83,7 @@ def last_layer(objective, tokens):
     return objective.eval().model(**tokens).last_hidden_state[:, 0]
 
 
-def test_distill_by_cosine(prepare):
+def test_distill_by_cosine(here):
     objective, tokens, teacher = prepare("--method distill")
     projected = last_layer(objective, tokens) @ objective.projections[0]
     distances = [1 - cosine(projected[i], teacher[i]) for i in range(7)]
@@ -97,14 +92,14 @@ def test_distill_by_cosine(prepare):
     assert terms == {"distillation": loss, "loss": loss}
 
 
-def test_distill_by_mse(prepare):
-    objective, tokens, teacher = prepare("--method distill --distance mse")
+def test_distill_by_mse(here):
+    objective, tokens, teacher = prepare("--method distill --distance mse --projection_std 1")
     projected = last_layer(objective, tokens) @ objective.projections[0]
     squares = (projected - teacher) ** 2
     assert_close(objective(tokens, teacher)[0], squares.sum() / (7 * 8))
 
 
-def test_stella(prepare):
+def test_stella(here):
     weights = "--cosine_weight 2 --similarity_weight 3 --relative_weight 5 --margin 0.3"
     objective, tokens, teacher = prepare(f"--method stella --distance mse {weights}")
     projected = last_layer(objective, tokens) @ objective.projections[0]
@@ -114,7 +109,7 @@ def test_stella(prepare):
     assert_close(objective(tokens, teacher)[0], expected)
 
 
-def test_distillcse_distils_the_first_of_two_views(prepare):
+def test_distillcse_distils_the_first_of_two_views(here):
     temperatures = "--temperature 0.3 --student_temperature 0.2 --teacher_temperature 0.1"
     objective, tokens, teacher = prepare(f"--method distillcse --group_p 0 {temperatures}")
     objective.train()
@@ -131,7 +126,7 @@ def test_distillcse_distils_the_first_of_two_views(prepare):
 @pytest.mark.parametrize(
     "training, group_p, losses", [(True, 0.5, 5), (True, 0, 1), (False, 0.5, 1)]
 )
-def test_distillcse_shuffles_in_training(prepare, training, group_p, losses):
+def test_distillcse_shuffles_in_training(here, training, group_p, losses):
     objective, tokens, teacher = prepare(f"--method distillcse --group_p {group_p}")
     for module in objective.modules():
         module.p = 0.0  # no dropout
@@ -145,7 +140,7 @@ def huber(difference):
     return d**2 / 2 if d < 1 else d - 1 / 2
 
 
-def test_rkd_over_all_pairs_and_triples(prepare):
+def test_rkd_over_all_pairs_and_triples(here):
     objective, tokens, teacher = prepare("--method rkd --distance_weight 3 --angle_weight 5")
     teacher = teacher**5  # far apart: some differences are above 1
     e = last_layer(objective, tokens)
