@@ -62,7 +62,7 @@ class Settings:
     is silent, docs/notes.md gives the reason for the default.
     """
 
-    # input and output; HfArg is a dataclass field with a text for --help
+    # input and output (HfArg: a dataclass field with a help text)
     teacher: str = HfArg(default="teacher.pt", help="teacher cache; with --lambda2 0 also a corpus")
     student: str = HfArg(default="tiny", help="Hub id or directory; tiny: a small BERT, untrained")
     output: str = HfArg(default="student", help="directory for the distilled student")
@@ -293,9 +293,9 @@ def training_step(objective, asam, tokens, teacher, domains, s):
         return without_graph(values)
 
     # 1. Ascent step
-    devices = [] if domains.device.type == "cpu" else [domains.device]  # as all of the batch
-    with torch.random.fork_rng(devices):  # ends with the random state from before, so that the
-        # second pass draws the same dropout masks (note 6)
+    # fork_rng restores the random state: the second pass draws the same dropout masks (note 6)
+    devices = [] if domains.device.type == "cpu" else [domains.device]
+    with torch.random.fork_rng(devices):
         climbed_domains = domains if s.optimizer == "disam" else None
         loss, values = objective(tokens, teacher, climbed_domains)
     loss.backward()  # ∇L(w)
@@ -310,7 +310,7 @@ def training_step(objective, asam, tokens, teacher, domains, s):
 
 
 def batches(n, s, epoch):
-    """The batches of an epoch: positions, (N,) each. It drops an incomplete last one (note 11)."""
+    """The batches of an epoch, positions (N,); an incomplete last batch is dropped (note 11)."""
     generator = torch.Generator().manual_seed(seed_of(s.seed, epoch, "order"))
     order = torch.randperm(n, generator=generator)
     return order[: n - n % s.batch_size].split(s.batch_size)
@@ -339,7 +339,7 @@ def make_optimizer(s, objective, steps):
 def train(s, corpus, objective, keep_epochs=None):
     """Algorithm 1: train the student and the projections in place, batch by batch.
 
-    keep_epochs: a folder, which study/ names, for the student after each epoch; None keeps none.
+    keep_epochs: a folder in which to save the student after each epoch (study/ does), or None.
     """
     steps_per_epoch = len(corpus) // s.batch_size // processes()  # in each process
     asam, scheduler = make_optimizer(s, objective, s.epochs * steps_per_epoch)
@@ -397,7 +397,8 @@ def largest_hessian_eigenvalue(losses, parameters, tolerance=3e-3, vectors=8, se
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(len(w), generator=generator, dtype=w.dtype)
     Hv = hessian_vector_product(losses, parameters, start.to(w.device)).cpu()
-    finite_losses = all(loss().isfinite() for loss in losses)  # Hv is 0 of a linear, infinite loss
+    # an infinite loss can have a finite H v: that of a linear loss is 0
+    finite_losses = all(loss().isfinite() for loss in losses)
     if not finite_losses or not Hv.isfinite().all():
         return float("nan")
     if not Hv.any():  # H is zero: another H almost surely maps a random v to something else
@@ -494,7 +495,7 @@ def main(argv=None):
     with interruptible(RESUME_ADVICE):
         start_processes(s)
         cache = load_cache(s.teacher, needed=s.lambda2 > 0)
-        torch.manual_seed(s.seed)  # of the W_l
+        torch.manual_seed(s.seed)  # for the W_l
         encoder = load_student(s, cache["sentences"])
         corpus = Corpus(cache, encoder)
         check_fit(s, corpus)

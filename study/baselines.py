@@ -242,7 +242,8 @@ def train_and_save(s, cache, corpus, objective, keep_epochs):
     """The last steps of talas.main, with Stella's first stage; keep_epochs: as in talas.train."""
     check_fit(s, corpus)
     dry_run(corpus.encoder, corpus, s.output)
-    if method_of(s) == "stella":  # also before resuming, which then loads a later state
+    resumed = s.resume and Path(s.output, "checkpoint.pt").exists()
+    if method_of(s) == "stella" and not resumed:
         first_stage(s, corpus, objective)
     talas.train(s, corpus, objective, keep_epochs)
     talas.finish(s, cache, objective)

@@ -90,7 +90,11 @@ def released_step(cache, args):
     with tempfile.TemporaryDirectory() as work:
         code = released.distiller(args.released, args.student, cache, work, batch_size=BATCH_SIZE)
     code.model_student.train()
-    return lambda rows: code.train_step(code.collate_fn([code.train_ds[int(i)] for i in rows]))
+
+    def step(rows):
+        code.train_step(code.collate_fn([code.train_ds[int(i)] for i in rows]))
+
+    return step
 
 
 def online_teacher(args, device):

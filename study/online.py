@@ -8,6 +8,7 @@ n_T are the numbers of their tokens in the longest sentence. study/README.md lis
 were made.
 """
 
+import argparse
 import sys
 from dataclasses import dataclass, field
 from itertools import product
@@ -393,8 +394,10 @@ class Online(talas.Objective):
 # ---------------------------------------------------------------------------------------- training
 def parse_settings(argv):
     """Settings from the command line, with the defaults of the method that it names."""
-    method = talas.parse_settings(argv, Settings).method
-    return talas.parse_settings(argv, Settings, **METHODS[method])
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", nargs="?", default=Settings.method)
+    args, _ = parser.parse_known_args(argv)
+    return talas.parse_settings(argv, Settings, **METHODS.get(args.method, {}))
 
 
 def prepare(s, cache):

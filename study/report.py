@@ -177,8 +177,8 @@ def tables(entries):
         made[f"summary-{pair}"] = score_table(runs, SUMMARY, AVERAGES, "in words")
         made[f"sharpness-{pair}"] = sharpness_table(runs)
     for key, entry in entries.items():
-        kind, _, name = key.replace("/", "-").partition("-")
-        if kind == "bench":
+        if key.startswith("bench/"):
+            name = key.removeprefix("bench/").replace("/", "-")
             made[f"bench-{name}"] = bench_table(entry)
             made[f"cost-{name}"] = cost_table(entry)
     return made

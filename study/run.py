@@ -26,6 +26,7 @@ from study.results import HERE, PAIRS, ROWS, UNTRAINED, command_line, describe, 
 from support import fail
 from support.encoder import pooled_layers
 from support.files import read_json
+from support.run import interrupted
 
 BY_NAME = {"teacher", "released-code"}  # rows that `all` leaves out
 
@@ -118,11 +119,11 @@ def train(args, s, entry):
     """Train the student of an entry, unless its folder has it; an interrupted training resumes."""
     out = Path(s.output)
     row = entry["row"]
-    interrupted = (out / "checkpoint.pt").exists()
-    if not interrupted and (out / "talas.json").exists():
+    resume = interrupted(out)
+    if not resume and (out / "talas.json").exists():
         check_same(out, describe(out) | {"data": entry["data"]}, entry)
         return
-    s = replace(s, resume=interrupted, overwrite=not interrupted)
+    s = replace(s, resume=resume, overwrite=not resume)
     keep_epochs = out / "epochs" if args.each_epoch else None
     if row == "released-code":
         released.train(args.released, s)

@@ -106,7 +106,7 @@ def pad(tokens, rows, model):
     starts = tokens.starts[rows]
     ends = tokens.starts[rows + 1]
     ids = np.zeros((len(rows), (ends - starts).max()), np.int64)
-    mask = np.zeros_like(ids)  # 0 on the right, where there is padding, whose id is 0, too
+    mask = np.zeros_like(ids)  # 0 for padding, on the right; its id is 0, too
     for i, (start, end) in enumerate(zip(starts, ends)):
         ids[i, : end - start] = tokens.ids[start:end]
         mask[i, : end - start] = 1
@@ -147,7 +147,7 @@ def encode(encoder, tokens, batch_size, label=None, part=None):
     """Pooled last-layer embeddings of n sentences, not normalised: float32 (n, d), on the CPU.
 
     Batches hold sentences of similar length, the longest first: one that is too large fails at
-    once. They are kept in the file `part`, if one is named; a second call resumes from it.
+    once. The embeddings are kept in the file `part`, if it is named; a second call resumes from it.
     """
     model = encoder.model.eval()
     n = len(tokens.starts) - 1
@@ -226,7 +226,7 @@ def save_encoder(folder, encoder):
 
 
 def dry_run(encoder, corpus, output):
-    """Save the student once before hours are spent on training it, next to the output.
+    """Save the student once, next to the output, before hours are spent on training it.
 
     Ends the program if that fails, or if transformers reads other token ids from what was saved
     than the encoder is trained with.

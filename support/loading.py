@@ -176,7 +176,7 @@ def load_model(name, folder, dtype):
 
 def check_weights(name, model, report):
     """End the program if weights are missing, or layers in the files have more than the model's."""
-    of_other_shape = [key for key, *shapes in report["mismatched_keys"]]
+    of_other_shape = [mismatch[0] for mismatch in report["mismatched_keys"]]
     keys = sorted({*report["missing_keys"], *of_other_shape})
     missing = [key for key in keys if "pooler" not in key]  # a pooler is not used here
     if missing:

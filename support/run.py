@@ -27,7 +27,7 @@ from support.files import keep_apart, load, save, write_json
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl
 RESUME_ADVICE = "the same command with --resume continues (without it, if there is no output yet)"
 DIVERGED_ADVICE = "try a lower --lr or --rho, with another --output"
-ABOVE_0 = {  # the settings, also of other methods, that must be; other numbers may be 0
+ABOVE_0 = {  # settings, also of study/'s methods, that must be above 0; other numbers may be 0
     "temperature",
     "student_temperature",
     "teacher_temperature",
@@ -39,7 +39,7 @@ ABOVE_0 = {  # the settings, also of other methods, that must be; other numbers 
     "batch_size",
     "max_length",
 }
-# when resuming; corpus.identity() has the content of the teacher's cache and of the student
+# these may differ when a run resumes: the content of teacher and student is compared instead
 MAY_DIFFER = {"resume", "overwrite", "output", "device", "teacher", "student"}
 CARD_MARK = "talas.py rewrites this card"
 
@@ -124,11 +124,11 @@ def seed_of(*parts):
 def check_settings(s):
     """End the program if a setting has no meaning."""
     for name, value in asdict(s).items():
-        if type(value) not in (int, float):  # a bool is an int, but not of that type
+        if type(value) not in (int, float):  # such as text, or a bool
             continue
         if name in ABOVE_0 and not value > 0:
             fail(f"--{name} {value}: it must be above 0")
-        if not value >= 0:  # also nan
+        if not value >= 0:  # true for NaN
             fail(f"--{name} {value}: it must be at least 0")
     if s.warmup_ratio > 1:
         fail(f"--warmup_ratio {s.warmup_ratio}: it is a fraction of the steps, at most 1")
@@ -155,7 +155,7 @@ def check_fit(s, corpus):
 
 
 def interrupted(folder):
-    """Whether a folder holds an unfinished run, also one that has not yet a checkpoint."""
+    """Whether a folder holds an unfinished run, even one without a checkpoint yet."""
     names = {path.name for path in Path(folder).glob("*")}
     return "metrics.jsonl" in names and ("checkpoint.pt" in names or "talas.json" not in names)
 
@@ -167,10 +167,10 @@ def check_output_folder(s):
     if out.is_file():
         fail(f"--output {out} is a file; give the name of a folder")
     names = {path.name for path in out.glob("*")}
-    if s.resume and "talas.json" in names and "checkpoint.pt" not in names:
-        fail(f"--resume: {out} is a finished run; nothing is left to do")
     if s.resume and "metrics.jsonl" not in names:
         fail(f"--resume: {out} holds no run; check --output, or leave --resume out")
+    if s.resume and not interrupted(out):
+        fail(f"--resume: {out} is a finished run; nothing is left to do")
     if s.resume or not names:
         return
     if "metrics.jsonl" not in names:

@@ -155,6 +155,12 @@ def metrics(folder):
     return [steps, epochs]
 
 
+def saved_weights(folder):
+    """What a run saved, to the bit: (the file of the student's weights, the projections)."""
+    projections = [W.tolist() for W in torch.load(Path(folder, "projections.pt"))]
+    return Path(folder, "model.safetensors").read_bytes(), projections
+
+
 def before_each_step(action, patch=None):
     """From here on, action(n, objective) is called before the n-th training step.
 

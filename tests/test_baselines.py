@@ -2,11 +2,10 @@
 
 from collections import Counter
 from itertools import combinations, permutations
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import before_each_step, metrics, random_rows
+from helpers import before_each_step, metrics, random_rows, saved_weights
 from torch.testing import assert_close
 
 import talas
@@ -180,12 +179,6 @@ def flags(here):
     return f"{flags} --batch_size 16 --lr 1e-3 --method".split()
 
 
-def saved_weights():
-    """Of the student, and the projections."""
-    projections = [W.tolist() for W in torch.load("out/projections.pt")]
-    return Path("out/model.safetensors").read_bytes(), projections
-
-
 def test_stella_trains_w_alone_then_both_and_resumes_to_the_bit(flags, monkeypatch):
     queries = []
     projections = []
@@ -205,9 +198,9 @@ def test_stella_trains_w_alone_then_both_and_resumes_to_the_bit(flags, monkeypat
     assert queries[4] != queries[3]
     assert projections[3].std() > 3 * projections[0].std()
     baselines.main([*flags, "--resume"])
-    resumed = saved_weights()
+    resumed = saved_weights("out")
     baselines.main([*flags, "--overwrite"])
-    assert saved_weights() == resumed
+    assert saved_weights("out") == resumed
     assert metrics("out")[0][-1]["step"] == 6
 
 

@@ -14,10 +14,12 @@ from helpers import (
     in_two_processes,
     metrics,
     random_rows,
+    saved_weights,
     small_bert,
     tokenize_alone,
 )
 from torch import cosine_similarity
+from torch.nn.functional import pad
 from torch.testing import assert_close
 from transformers import AutoModel
 
@@ -129,6 +131,16 @@ def test_sinkhorn_gives_a_plan_of_its_form_with_its_marginals():
     assert torch.linalg.matrix_rank(plan * (cost / 0.1).exp()) == 1  # u vᵀ
 
 
+def test_padding_does_not_change_a_plan_that_has_not_converged():
+    cost = random_rows(4, 6, seed=0).sigmoid()
+    a = random_rows(4, seed=1).softmax(0)
+    b = random_rows(6, seed=2).softmax(0)
+    plan = online.sinkhorn(cost, a, b, epsilon=0.1, iterations=2)
+    padded_cost = pad(cost, (0, 2, 0, 1), value=0.5)
+    padded_plan = online.sinkhorn(padded_cost, pad(a, (0, 1)), pad(b, (0, 2)), 0.1, iterations=2)
+    assert_close(padded_plan, pad(plan, (0, 2, 0, 1)))
+
+
 # -------------------------------------------------- each method, in loops over sentences alone
 class Alone:
     """What an encoder makes of one sentence without padding: states (n, d), attention (n, n)."""
@@ -223,7 +235,7 @@ def test_a_batch_gives_what_its_sentences_give_alone(
     assert all(weights.grad is None for weights in corpus.teacher.model.parameters())
 
 
-def test_the_first_of_two_views_is_distilled(models, monkeypatch):
+def test_the_first_of_two_views_is_distilled(models):
     corpus, objective = prepare(models, "--method cdm --temperature 0.3")
     objective.train()
     tokens, teacher, _ = corpus.batch(torch.tensor([2, 0, 1]))
@@ -282,12 +294,6 @@ def flags(models, corpus, tmp_path, monkeypatch):
     return f"{flags} --output out --device cpu --epochs 2 --batch_size 24".split()
 
 
-def saved_weights(folder):
-    """Of the student, and the projections."""
-    projections = [W.tolist() for W in torch.load(f"{folder}/projections.pt")]
-    return Path(folder, "model.safetensors").read_bytes(), projections
-
-
 def test_an_interrupted_run_resumes_to_the_bit(flags, monkeypatch):
     flags += ["--method", "emo", "--optimizer", "asam"]
     online.main(flags)
@@ -309,7 +315,7 @@ def test_an_interrupted_run_resumes_to_the_bit(flags, monkeypatch):
     assert metrics("again")[0][0].keys() > {"simcse", "distillation", "loss"}
 
 
-def test_two_processes_share_each_batch(flags):
+def test_two_processes_share_the_batches(flags):
     assert in_two_processes(partial(online.main, [*flags, "--batch_size", "12"])) == [0, 0]
     assert metrics("out")[0][-1]["step"] == 4
 

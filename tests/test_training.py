@@ -24,6 +24,7 @@ from helpers import (
     in_a_process,
     in_two_processes,
     metrics,
+    saved_weights,
     small_bert,
     small_cache,
     write_files,
@@ -67,8 +68,7 @@ def run(**settings):
 
 def result(folder):
     """What a run leaves, to the bit: the student, its projections, its log but for the cost."""
-    student = Path(folder, "model.safetensors").read_bytes()
-    projections = [W.tolist() for W in torch.load(Path(folder, "projections.pt"))]
+    student, projections = saved_weights(folder)
     steps, epochs = metrics(folder)
     for line in steps:
         del line["ms_per_step"], line["memory_mb"]
@@ -491,6 +491,16 @@ def test_an_interrupted_overwrite_ends_as_a_new_run_and_leaves_the_users_files(
     assert result("out") == result("whole")
     assert set(os.listdir("out")) == {*os.listdir("whole"), "notes.txt"}
     assert Path("out/README.md").read_text() == "My own."
+
+
+def test_the_earlier_student_is_not_scored_while_it_is_overwritten(folder, ends_with_one_line):
+    def killed_overwrite():
+        interrupt_move("checkpoint.pt", 1, signal.SIGKILL)
+        run(output="whole", overwrite=True)
+
+    assert in_a_process(killed_overwrite) == -signal.SIGKILL
+    assert Path("whole/model.safetensors").exists()  # the earlier run's
+    ends_with_one_line(partial(load_encoder, "whole"), "whole holds an interrupted run")
 
 
 @pytest.mark.parametrize(
