@@ -17,7 +17,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import make_pipeline
 from torch.nn import functional as F
 
-from support import attempt, escape_unprintable, fail, interruptible, positive
+from support import attempt, fail, interruptible, positive
 from support.data import unique_corpus
 from support.encoder import Encoder, encode, tokenize
 from support.files import check_output, digest, load, save
@@ -95,7 +95,9 @@ def embed(args, teacher, texts, part):
         return teacher
     if isinstance(teacher, Encoder):
         tokens = tokenize(teacher, texts)
-        return encode(teacher, tokens, args.batch_size, Path(args.teacher).name, part)
+        Path(part).touch()
+        with open(part, "r+b") as file:
+            return encode(teacher, tokens, args.batch_size, Path(args.teacher).name, file)
     embeddings = torch.from_numpy(fit_lsa(texts).transform(texts))
     embeddings[embeddings.norm(dim=1) < 1e-3] = 0  # noise: it shares no word with other sentences
     return embeddings
@@ -225,7 +227,6 @@ def refuse(output, earlier):
 
 def main(argv=None):
     """The command line: read the corpus, run the teacher, write the cache."""
-    escape_unprintable()
     args = parse_args(argv)
     with interruptible("run the same command again: it resumes a model, or starts again"):
         texts, sources, kept, n = unique_corpus(args.corpus, args.seed)

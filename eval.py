@@ -22,7 +22,7 @@ from sklearn.metrics import average_precision_score, f1_score
 
 from cache_teacher import fit_lsa
 from demo.tiny import tiny_student
-from support import attempt, escape_unprintable, fail, interruptible, positive
+from support import attempt, fail, interruptible, positive
 from support.data import DEMO, HUB, IN_DOMAIN, load_hub_split, read_table, unique_corpus
 from support.encoder import Encoder, encode, tokenize
 from support.files import check_output, read_json, write_json
@@ -298,7 +298,6 @@ def parse_args(argv):
 
 def main(argv=None):
     """The command line: load the tasks, score each model that can be scored, print the table."""
-    escape_unprintable()
     args = parse_args(argv)
     results = {}
     with interruptible("the scores so far, if any, are in the table above"):

@@ -25,7 +25,7 @@ from transformers.hf_argparser import HfArg
 
 from cache_teacher import load_cache
 from demo import tiny
-from support import attempt, escape_unprintable, fail, interruptible
+from support import attempt, fail, interruptible
 from support.data import Corpus
 from support.encoder import dry_run, pooled_layers, save_encoder
 from support.files import save
@@ -336,11 +336,8 @@ def make_optimizer(s, objective, steps):
     return ASAM(adamw, s.rho, s.eta, adaptive=s.optimizer == "asam"), scheduler
 
 
-def train(s, corpus, objective, keep_epochs=None):
-    """Algorithm 1: train the student and the projections in place, batch by batch.
-
-    keep_epochs: a folder in which to save the student after each epoch (study/ does), or None.
-    """
+def train(s, corpus, objective):
+    """Algorithm 1: train the student and the projections in place, batch by batch."""
     steps_per_epoch = len(corpus) // s.batch_size // processes()  # in each process
     asam, scheduler = make_optimizer(s, objective, s.epochs * steps_per_epoch)
     checkpoint = Checkpoint(s, corpus, objective, asam.optimizer, scheduler)
@@ -359,8 +356,6 @@ def train(s, corpus, objective, keep_epochs=None):
             scheduler.step()
         lambda_max = measure_sharpness(objective, corpus, s) if s.sharpness else None
         log.end_epoch(lambda_max)
-        if keep_epochs and rank() == 0:
-            save_student(objective, Path(keep_epochs, str(epoch + 1)))
         checkpoint.save(epoch + 1)
     log.close()
 
@@ -438,13 +433,12 @@ def measure_sharpness(objective, corpus, s):
     for rows in order.split(s.batch_size)[:SHARPNESS_BATCHES]:
         tokens, teacher, _ = corpus.batch(rows)
         losses.append(partial(loss_without_terms, objective, tokens, teacher))
-    try:
-        objective.eval()
-        model.set_attn_implementation("eager")  # the fused kernels have no second derivative
-        return largest_hessian_eigenvalue(losses, model.parameters())
-    finally:
-        model.set_attn_implementation(attention)
-        objective.train(was_training)
+    objective.eval()
+    model.set_attn_implementation("eager")  # the fused kernels have no second derivative
+    lambda_max = largest_hessian_eigenvalue(losses, model.parameters())
+    model.set_attn_implementation(attention)
+    objective.train(was_training)
+    return lambda_max
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -469,26 +463,20 @@ def load_student(s, sentences):
     return load_encoder(s.student, s.pooling, s.max_length, device=device)
 
 
-def save_student(objective, folder):
-    """Write the student, and beside it the projections W_l."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_encoder(folder, objective.encoder)
-    projections = [W.detach().cpu() for W in objective.projections]
-    save(Path(folder, "projections.pt"), projections)
-
-
 def finish(s, cache, objective):
-    """Write the student and its record to a draft folder, then move the files into the output."""
-    if rank() == 0:
-        draft = Path(s.output, ".saving")
-        with attempt(f"write {s.output}", OSError, SafetensorError):
-            save_student(objective, draft)
-        publish(s, cache, draft)
+    """Write student, W_l and record to a draft folder, then move the files into the output."""
+    if rank() > 0:
+        return
+    draft = Path(s.output, ".saving")
+    with attempt(f"write {s.output}", OSError, SafetensorError):
+        draft.mkdir(exist_ok=True)
+        save_encoder(draft, objective.encoder)
+    save(draft / "projections.pt", [W.detach().cpu() for W in objective.projections])
+    publish(s, cache, draft)
 
 
 def main(argv=None):
     """The command line: read the cache and the student, train, save."""
-    escape_unprintable()
     s = parse_settings(argv)
     check_settings(s)
     check_output_folder(s)

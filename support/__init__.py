@@ -4,19 +4,8 @@ files.py: files are whole or absent; data.py: sentences and benchmarks; loading.
 authors wrote them; encoder.py: sentences to embeddings; run.py: training that can be interrupted.
 """
 
-import io
 import sys
 from contextlib import contextmanager
-
-
-def escape_unprintable():
-    """Print what a stream's encoding lacks as \\u03b5: a pipe on Windows has no ε.
-
-    Each script calls it first: importing support changes no stream.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a notebook's streams print everything
-            stream.reconfigure(errors="backslashreplace")
 
 
 def fail(message):

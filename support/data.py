@@ -7,7 +7,6 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +17,15 @@ from support.files import digest
 
 DEMO = Path(__file__).parent.parent / "demo"
 IN_DOMAIN = ["emotion", "wic", "stsb"]
+# the nine benchmarks in Table 1's order: the dataset on the Hub, its columns and our names for them
+HUB = json.loads(Path(__file__).with_name("benchmarks.json").read_text("utf-8"))
 
 
 # ---------------------------------------------------------------------------------- tables in files
 def read_table(path):
     """Rows of a .jsonl, .csv or .tsv file as dicts, of a .txt file as {"text": line}."""
     path = Path(path)
-    with attempt(f"read {path}", OSError), attempt(f"read {path}; save it as UTF-8", ValueError):
+    with attempt(f"read {path} as UTF-8 text"):
         text = path.read_text("utf-8-sig")
     lines = text.removesuffix("\n").split("\n")  # splitlines would also split at U+2028
     if path.suffix == ".txt":
@@ -94,9 +95,10 @@ def paper_corpus(seed):
     for task, count in {"emotion": 5000, "wic": 2500, "stsb": 2500}.items():
         rows = load_hub_split(task, "train")
         for i in rng.choice(len(rows), count, replace=False):
-            for column in HUB[task].columns[:-1]:
-                sentences.append(rows[i][column])
-                sources.append(task)
+            for column in ("text", "sentence1", "sentence2"):
+                if column in rows[i]:
+                    sentences.append(rows[i][column])
+                    sources.append(task)
     return sentences, sources
 
 
@@ -146,63 +148,30 @@ class Corpus:
         return tokens, teacher, self.domains[rows].to(device)
 
     def identity(self):
-        """A hash of the tokens, targets and domains, and of the encoder without its weights."""
-        parts = [self.encoder.identity(), self.tokens.ids, self.tokens.starts, self.domains]
-        if self.embeddings is not None:
-            parts.append(self.embeddings)
-        return digest(*parts)
+        """A hash of the sentences, targets and domains, and of the encoder without its weights."""
+        return digest(self.encoder.identity(), self.sentences, self.domains, self.embeddings)
 
 
 # ------------------------------------------------------------------ the nine benchmarks on the Hub
-class Benchmark(NamedTuple):
-    """A dataset on the Hub: what it is called there, and the columns that are read."""
-
-    dataset: str
-    columns: tuple  # our names
-    config: str | None = None
-    revision: str | None = None
-    their_columns: tuple | None = None  # their names, where they differ
-
-
-TEXT = ("text", "label")
-PAIR = ("sentence1", "sentence2", "label")
-STS = ("sentence1", "sentence2", "score")
-SCITAIL = ("premise", "hypothesis", "label")
-SICK = ("sentence_A", "sentence_B", "relatedness_score")
-HUB = {  # in Table 1's order
-    "banking77": Benchmark(
-        "mteb/banking77", TEXT, revision="18072d2685ea682290f7b8924d94c62acc19c0b2"
-    ),
-    "tweet": Benchmark(
-        "mteb/tweet_sentiment_extraction", TEXT, revision="7261898ee3b9a739595e8dbf41df6b2332f429bb"
-    ),
-    "emotion": Benchmark("mteb/emotion", TEXT, revision="13535ec7ed83ac3920c40db3c3fd4133af55cc06"),
-    "mrpc": Benchmark("nyu-mll/glue", PAIR, config="mrpc"),
-    "scitail": Benchmark("allenai/scitail", PAIR, config="tsv_format", their_columns=SCITAIL),
-    "wic": Benchmark("Deehan1866/WiC", PAIR),
-    "sick": Benchmark("RobZamp/sick", STS, revision="refs/convert/parquet", their_columns=SICK),
-    "sts12": Benchmark("mteb/sts12-sts", STS, revision="a0d554a64d88156834ff5ae9920b964011b16384"),
-    "stsb": Benchmark(
-        "mteb/stsbenchmark-sts", STS, revision="b0fddb56ed78048fa8b90373c8a3cfc37b684831"
-    ),
-}
-SCITAIL_LABELS = {"entails": 1, "neutral": 0}
-
-
 def load_hub_split(task, split):
     """The rows of one split of one of the nine benchmarks, with our column names and labels."""
     import datasets  # here, because it is slow to import and only the Hub needs it
 
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    name, columns, config, revision, their_columns = HUB[task]
-    theirs = their_columns or columns
+    benchmark = HUB[task]
+    columns = benchmark["columns"]
     advice = "your own file (--corpus) or folder (--data) works offline"
-    with attempt(f"load {task} ({name}, {split}) from the Hub; {advice}"):
-        data = datasets.load_dataset(name, config, split=split, revision=revision)
-        data = data.select_columns(list(theirs))
-    rows = data.rename_columns(dict(zip(theirs, columns))).to_list()
-    if task == "scitail":
-        for row in rows:
-            row["label"] = SCITAIL_LABELS[row["label"]]
+    with attempt(f"load {task} ({benchmark['dataset']}, {split}) from the Hub; {advice}"):
+        data = datasets.load_dataset(
+            benchmark["dataset"],
+            benchmark.get("config"),
+            split=split,
+            revision=benchmark.get("revision"),
+        )
+    rows = data.select_columns(list(columns)).rename_columns(columns).to_list()
+    labels = benchmark.get("labels", {})  # their names -> numbers
+    for row in rows:
+        if row.get("label") in labels:
+            row["label"] = labels[row["label"]]
     return rows

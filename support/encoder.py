@@ -3,16 +3,16 @@
 N is the size of a batch, T its longest sentence in tokens, d the model's width.
 """
 
+import os
 import tempfile
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
 from support import attempt, fail
@@ -67,53 +67,32 @@ class Encoder:
         return digest([config, self.tokenizer.to_str(), self.pooling])
 
 
-class Tokens(NamedTuple):
-    """n sentences as token ids in one array: far less memory than n lists.
-
-    Sentence i has the ids[starts[i] : starts[i + 1]]. [[7, 8], [9]] is ids 7, 8, 9, starts 0, 2, 3.
-    """
-
-    ids: np.ndarray  # int32, of all sentences one after another
-    starts: np.ndarray  # (n + 1,)
-
-
 def tokenize(encoder, sentences):
-    """Tokens of n sentences, cut to the encoder's maximum length. Prints how many were cut."""
-    ids = array("i")
-    starts = [0]
+    """The token ids of n sentences, cut to the encoder's maximum length: n arrays.
+
+    Prints how many were cut. Ids of sentence i: the i-th array, such as [101, 1037, 3899, 102].
+    """
+    tokens = []
     cut = 0
     for i in range(0, len(sentences), SLICE):
         for encoding in encoder.tokenizer.encode_batch(sentences[i : i + SLICE]):
-            if not encoding.ids:
-                sentence = sentences[len(starts) - 1]
-                fail(
-                    f"the tokenizer finds no token in the sentence {sentence[:60]!r}; leave it out"
-                )
-            ids.extend(encoding.ids)
-            starts.append(len(ids))
+            tokens.append(np.array(encoding.ids, np.int32))
             cut += len(encoding.overflowing) > 0
     if cut:
         print(f"{cut} of {len(sentences)} sentences are cut after {encoder.max_length} tokens")
-    vocabulary = len(encoder.model.get_input_embeddings().weight)
-    if max(ids) >= vocabulary:
-        fail(f"the tokenizer gives the id {max(ids)}; the model has {vocabulary} word embeddings")
-    return Tokens(np.array(ids, np.int32), np.array(starts))
+    return tokens
 
 
 def pad(tokens, rows, model):
-    """One batch for a model: N positions -> {"input_ids", "attention_mask"}, (N, T) each."""
-    rows = np.asarray(rows)
-    starts = tokens.starts[rows]
-    ends = tokens.starts[rows + 1]
-    ids = np.zeros((len(rows), (ends - starts).max()), np.int64)
-    mask = np.zeros_like(ids)  # 0 for padding, on the right; its id is 0, too
-    for i, (start, end) in enumerate(zip(starts, ends)):
-        ids[i, : end - start] = tokens.ids[start:end]
-        mask[i, : end - start] = 1
-    device = model.device
+    """One batch for a model: N positions -> {"input_ids", "attention_mask"}, (N, T) each.
+
+    Padding is on the right; its id is 0.
+    """
+    ids = [torch.from_numpy(tokens[i]).long() for i in rows]
+    ones = [torch.ones_like(sentence) for sentence in ids]
     return {
-        "input_ids": torch.from_numpy(ids).to(device),
-        "attention_mask": torch.from_numpy(mask).to(device),
+        "input_ids": pad_sequence(ids, batch_first=True).to(model.device),
+        "attention_mask": pad_sequence(ones, batch_first=True).to(model.device),
     }
 
 
@@ -125,14 +104,14 @@ def pooled_layers(encoder, tokens, precision="float32", from_layer=1):
     """
     model = encoder.model
     on_cpu = model.device.type == "cpu"
-    half = precision == "bfloat16" and model.training
+    use_bfloat16 = precision == "bfloat16" and model.training
     lengths = tokens["attention_mask"].sum(1)
     order = lengths.argsort(stable=True)
     pieces = []  # the L pooled layers of each piece
     for rows in order.split(PIECE if on_cpu else len(order)):
         longest = lengths[rows[-1]] if on_cpu else None  # a GPU need not wait for that number
         piece = {name: values[rows, :longest] for name, values in tokens.items()}
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=use_bfloat16):
             output = model(**piece, output_hidden_states=True)
         states = list(output.hidden_states[from_layer:])
         states[-1] = output.last_hidden_state  # in some models the last norm is in this one alone
@@ -143,22 +122,21 @@ def pooled_layers(encoder, tokens, precision="float32", from_layer=1):
 
 
 @torch.inference_mode()
-def encode(encoder, tokens, batch_size, label=None, part=None):
+def encode(encoder, tokens, batch_size, label=None, file=None):
     """Pooled last-layer embeddings of n sentences, not normalised: float32 (n, d), on the CPU.
 
     Batches hold sentences of similar length, the longest first: one that is too large fails at
-    once. The embeddings are kept in the file `part`, if it is named; a second call resumes from it.
+    once. The embeddings are written to `file`, open in binary for reading and writing; what an
+    earlier call wrote there is kept. Without it they go to a temporary file.
     """
+    file = file or tempfile.TemporaryFile()
     model = encoder.model.eval()
-    n = len(tokens.starts) - 1
-    d = encoder.dimensions
-    order = np.argsort(-np.diff(tokens.starts), kind="stable")
-    rows = np.zeros((n, d + 1), np.float32)  # in that order; column d is 1 where a row is done
-    if part:
-        rows = resumable(part, rows)
-    is_done = rows[:, d]
-    done = n if is_done.all() else int(is_done.argmin())  # up to the first row that is not
-    done -= done % batch_size  # whole batches
+    n = len(tokens)
+    order = np.argsort([-len(ids) for ids in tokens], kind="stable")
+    row_bytes = 4 * encoder.dimensions
+    written = file.seek(0, os.SEEK_END) // row_bytes
+    done = written // batch_size * batch_size  # whole batches
+    file.seek(done * row_bytes)
     if done:
         print(f"resuming: {done} sentences are already embedded")
     with progress(n, "sent", label, initial=done) as bar:
@@ -171,19 +149,12 @@ def encode(encoder, tokens, batch_size, label=None, part=None):
                     f"{label}: embeddings in {model.dtype} are not finite; is the model damaged, "
                     "or the type too small for it?"
                 )
-            end = start + len(vectors)
-            rows[start:end, :d] = vectors.numpy()
-            rows[start:end, d] = 1  # after the vectors: these rows are whole
+            with attempt("write embeddings", OSError):
+                file.write(vectors.numpy())
+                file.flush()
             bar.update(len(vectors))
-    return torch.from_numpy(rows[order.argsort(), :d])
-
-
-def resumable(path, rows):
-    """The rows in a file of that name: of an earlier call if it has their size, else written."""
-    with attempt(f"write {path}"):
-        if not Path(path).exists() or Path(path).stat().st_size != rows.nbytes:
-            rows.tofile(path)  # which reserves the disk space
-        return np.memmap(path, np.float32, "r+", shape=rows.shape)
+    rows = np.memmap(file, np.float32, "r", shape=(n, encoder.dimensions))  # in that order
+    return torch.from_numpy(rows[order.argsort()])
 
 
 def save_encoder(folder, encoder):

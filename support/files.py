@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import pickle
-import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +18,6 @@ READ_ERRORS = (
     RuntimeError,
     EOFError,
     pickle.UnpicklingError,
-    zipfile.BadZipFile,
 )
 
 
@@ -37,11 +35,8 @@ def whole(path):
 
 def save(path, content):
     """torch.save, whole or not at all."""
-    with whole(path) as partial, open(partial, "wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError:  # torch's words for a full disk do not mention a disk
-            fail(f"cannot write {path}: is the disk full?")
+    with whole(path) as partial, attempt(f"write {path} (is the disk full?)", RuntimeError):
+        torch.save(content, partial)
 
 
 def write_json(path, content):
@@ -61,16 +56,15 @@ def read_json(path, needed=False):
 def load(path, mmap=True):
     """torch.load of tensors and plain values; it runs no code from the file.
 
-    With `mmap` the tensors stay on disk, unchecked. Without, their checksums are verified.
+    With `mmap` the tensors stay on disk.
     """
-    what = f"read {path} as torch.save wrote it (is a part missing, is it a Git LFS pointer?)"
-    with attempt(what, *READ_ERRORS), zipfile.ZipFile(path) as parts:
-        if not mmap and parts.testzip():
-            raise ValueError("it is damaged")
     try:
         return torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
     except READ_ERRORS:  # torch's own message advises to run the file's code
-        fail(f"{path} holds more than tensors and plain values, or is damaged")
+        fail(
+            f"cannot read {path}: it is not a file of tensors and plain values by torch.save, or "
+            "not all of it (an interrupted download, a Git LFS pointer?)"
+        )
 
 
 def check_output(flag, path, **inputs):

@@ -3,6 +3,7 @@
 What is known to change embeddings and is not implemented ends the program in one line.
 """
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, logging
 from transformers.models.auto import modeling_auto as registry
 
 from support import attempt, fail
-from support.encoder import POOLING_FLAGS, Encoder, Tokens, pad, pool
+from support.encoder import POOLING_FLAGS, Encoder, pad, pool
 from support.files import READ_ERRORS, read_json
 from support.run import interrupted
 
@@ -30,7 +31,7 @@ ADVICE = (
 )
 ALL_BUT_WEIGHTS = ["*.json", "*.txt", "*.model", "*.bpe", "*.codes"]
 WEIGHT_COPIES = ["onnx/*", "openvino/*", "original/*", "consolidated*"]
-MODES = {"cls": "cls", "mean": "mean", "last": "lasttoken"}  # our pooling -> their pooling_mode
+THEIR_MODE = {"cls": "cls", "mean": "mean", "last": "lasttoken"}  # pooling -> pooling_mode
 BUFFERS = ("attn.bias", "attention.bias", "masked_bias", "inv_freq")  # in older files of weights
 
 
@@ -70,9 +71,8 @@ def read_declarations(root):
     if not path.exists():
         return Declarations(root)
     modules = read_json(path)
-    with attempt(f"read {path} as a list of modules, each with type and path", KeyError, TypeError):
-        types = [module["type"] for module in modules]
-        folders = [root / module["path"] for module in modules]
+    types = [module["type"] for module in modules]
+    folders = [root / module["path"] for module in modules]
     names = [t.rpartition(".")[2] for t in types if t.startswith("sentence_transformers.")]
     implemented = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
     if names not in implemented or len(names) < len(types):
@@ -104,7 +104,7 @@ def read_pooling(path):
     # older versions: "pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false
     flags = [key for key in settings if key.startswith("pooling_mode_") and settings[key]]
     for pooling, flag in POOLING_FLAGS.items():
-        if mode == MODES[pooling] or flags == [flag]:
+        if mode == THEIR_MODE[pooling] or flags == [flag]:
             return pooling
     fail(f"{path}: pooling_mode {mode or flags} is not implemented; {ADVICE}")
 
@@ -122,9 +122,7 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
     model = load_model(name, declared.folder, dtype).to(device)
     tokenizer, settings = load_tokenizer(name, declared)
     limit = declared.max_length or settings.get("model_max_length") or max_length
-    with attempt(f"read the maximum length of {name} in its tokenizer's files", TypeError):  # "512"
-        limit = min(max_length, limit)
-    limit = find_limit(model, limit)
+    limit = min(max_length, limit, most_positions(model))
     special = tokenizer.num_special_tokens_to_add(False)
     if limit <= special:
         fail(f"{name}: {limit} tokens leave no room for a sentence beside {special} special ones")
@@ -181,12 +179,12 @@ def check_weights(name, model, report):
     missing = [key for key in keys if "pooler" not in key]  # a pooler is not used here
     if missing:
         fail(f"{name}: its files lack {len(missing)} of config.json's weights, as {missing[0]}")
-    layers = []  # names of lists of layers, such as ".encoder.layer."
+    layer_lists = []  # their names, such as ".encoder.layer."
     for key, part in model.named_modules():
         if isinstance(part, torch.nn.ModuleList):
-            layers.append(f".{key}.")
+            layer_lists.append(f".{key}.")
     for key in report["unexpected_keys"]:  # those of a head are unexpected, and not used
-        in_a_layer = any(layer in f".{key}" for layer in layers)
+        in_a_layer = any(name in f".{key}" for name in layer_lists)
         if in_a_layer and not key.endswith(BUFFERS):
             fail(f"{name}: a {type(model).__name__} does not use its weight {key}; {ADVICE}")
 
@@ -213,11 +211,11 @@ def read_tokenizer(name, folder):
     path = folder / "tokenizer.json"
     if path.exists():
         return Tokenizer.from_file(str(path))
-    library = AutoTokenizer.from_pretrained(folder)
-    vocabulary_files = library.vocab_files_names.values()
+    rebuilt = AutoTokenizer.from_pretrained(folder)
+    vocabulary_files = rebuilt.vocab_files_names.values()
     if not any((folder / file).exists() for file in vocabulary_files):
         fail(f"{name} has no tokenizer.json; {ADVICE}")
-    return library.backend_tokenizer
+    return rebuilt.backend_tokenizer
 
 
 def find_special_tokens(config, tokenizer, settings):
@@ -237,20 +235,18 @@ def find_special_tokens(config, tokenizer, settings):
     return tokens
 
 
-def find_limit(model, limit):
-    """How many tokens of a sentence the model takes: `limit`, unless its positions end before."""
+def most_positions(model):
+    """How many tokens of a sentence the model has positions for; infinite if it counts none."""
     positions = getattr(model.config, "max_position_embeddings", 0)
     for key, part in model.named_modules():  # some count positions from the padding token's id
         padding = getattr(part, "padding_idx", None)
         if "position_embeddings" in key and padding is not None:
             positions = len(part.weight) - padding - 1
-    return min(limit, positions) if positions > 0 else limit
+    return positions if positions > 0 else math.inf
 
 
 def is_decoder(config):
     """Whether a token sees only those before it."""
-    if getattr(config, "is_causal", None) is False:
-        return False
     if config.model_type in registry.MODEL_FOR_MASKED_LM_MAPPING_NAMES:  # such as BERT
         return getattr(config, "is_decoder", False)
     return config.model_type in registry.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -278,16 +274,13 @@ def try_forward(name, model, pooling):
 
     Some models see padding in spite of the mask.
     """
-    attention_type = getattr(model, "attention_type", None)
-    tokens = Tokens(np.arange(1, 13), np.array([0, 3, 12]))  # two sentences: of 3 and of 9 tokens
+    tokens = [np.arange(1, 4), np.arange(1, 10)]  # two sentences: of 3 and of 9 tokens
     vectors = []  # of the first sentence: alone, and beside the longer one
     for rows in ([0], [0, 1]):
         batch = pad(tokens, rows, model)
         output = model(**batch, output_hidden_states=True)
         pooled = pool(output.last_hidden_state, batch["attention_mask"], pooling)
         vectors.append(pooled[0].float())
-    if attention_type:  # a BigBird changes its own for good at the first short batch
-        model.set_attention_type(attention_type)
     alone, beside = vectors
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1  # half precision rounds
     if (beside - alone).norm() > tolerance * alone.norm():

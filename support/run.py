@@ -255,10 +255,7 @@ class Log:
     def write(self, lines, mode="a"):
         """Append lines to metrics.jsonl."""
         if rank() == 0:
-            with (
-                attempt(f"write {self.path}", OSError),
-                open(self.path, mode, encoding="utf-8") as file,
-            ):
+            with open(self.path, mode, encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def begin_epoch(self):
@@ -279,9 +276,10 @@ class Log:
         rows = torch.stack(self.values)  # (steps, names)
         if processes() > 1:
             distributed.all_reduce(rows)
-        rows = rows.cpu() / processes()
-        means = dict(zip(names, rows.mean(0).tolist()))
-        self.check_finite(means)
+        if not rows.isfinite().all():
+            self.bar.close()
+            fail(f"the loss is not finite at step {self.count} or before; {DIVERGED_ADVICE}")
+        means = dict(zip(names, (rows.mean(0) / processes()).tolist()))
         seconds = time.perf_counter() - self.clock
         line = {"step": self.count, "epoch": math.ceil(self.count / self.steps)} | means
         line["lr"] = lr
@@ -291,13 +289,6 @@ class Log:
         self.bar.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()}, refresh=False)
         self.values = []
         self.clock = time.perf_counter()
-
-    def check_finite(self, means):
-        """End the program if a value was not finite since the last line."""
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                self.bar.close()
-                fail(f"{name} is not finite at step {self.count} or before; {DIVERGED_ADVICE}")
 
     def end_epoch(self, lambda_max):
         """Write the line of an epoch."""
@@ -343,17 +334,14 @@ def write_card(path, s, record):
     base_model = ""
     if s.student != "tiny" and not Path(s.student).exists():
         base_model = f"base_model: {s.student}\n"
-    training = "trained"
-    if record["teacher"]:
-        training = f"taught by the embeddings of `{record['teacher']}`"
     template = Path(__file__).with_name("card.md").read_text("utf-8")
     card = template.format(
+        base_model=base_model,
         name=Path(s.output).name,
         student=s.student,
-        taught=training,
+        teacher=record["teacher"],
         method=getattr(s, "method", "TALAS"),
-        base_model=base_model,
-        facts=json.dumps({"settings": record["settings"], "cost": record["cost"]}, indent=2),
+        record=json.dumps(record, indent=2),
     )
     path.write_text(card, encoding="utf-8")
 

@@ -122,9 +122,9 @@ def test_flags_reach_the_model(model, folder, monkeypatch):
     def encode(encoder, tokens, batch_size, label):
         assert encoder.pooling == "last"
         assert encoder.model.device.type == "meta"
-        assert np.diff(tokens.starts).max() == 7
+        assert max(map(len, tokens)) == 7
         assert batch_size == 3
-        sizes.append(len(tokens.starts) - 1)
+        sizes.append(len(tokens))
         return torch.randn(sizes[-1], 4)
 
     sizes = []

@@ -1,9 +1,7 @@
 """Plausible mistakes get one line, files are whole or absent, and no input is overwritten."""
 
-import io
 import resource
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -113,14 +111,14 @@ def content_of(folder):
     "command, words",
     [
         # the corpus
-        ("cache --corpus nowhere.txt", "cannot read nowhere.txt: No such file"),
+        ("cache --corpus nowhere.txt", "nowhere.txt as UTF-8 text: No such file"),
         ("cache --corpus e.npz", ".txt, .jsonl, .csv and .tsv"),
         ("cache --corpus no-text.csv", "a column named text"),
         ("cache --corpus few-fields.csv", "few-fields.csv, line 3"),
         ("cache --corpus comma.csv", "comma.csv, line 2"),
         ("cache --corpus quotation.tsv", "runs on to the next line"),
         ("cache --corpus cut.jsonl", "cut.jsonl, line 2"),
-        ("cache --corpus utf-16.txt", "save it as UTF-8"),
+        ("cache --corpus utf-16.txt", "cannot read utf-16.txt as UTF-8"),
         ("cache --corpus three.txt", "3 sentences with 4 different words are too small"),
         # the teacher
         ("cache --teacher nowhere.npy", "nowhere.npy: there is no such file"),
@@ -129,7 +127,7 @@ def content_of(folder):
         ("cache --teacher 49-rows.npy", "(49, 4); the corpus needs (48, dimensions)"),
         ("cache --teacher flat.npy", "(48,); the corpus needs (48, dimensions)"),
         ("cache --teacher lfs.npy", "cannot read lfs.npy"),
-        ("cache --teacher lfs.pt", "lfs.pt as torch.save wrote it (is a part missing"),
+        ("cache --teacher lfs.pt", "cannot read lfs.pt"),
         ("cache --teacher teacher.pt", "teacher.pt holds a dict, not an array"),
         ("cache --teacher one-nan.npy", "1 embeddings are not finite"),
         ("cache --teacher small.npy --dtype float16", "too large or too small"),
@@ -150,7 +148,7 @@ def content_of(folder):
         ("talas --teacher one-source.pt", "differ in number: (48, 1, 48)"),
         ("talas --teacher one-nan.pt", "one-nan.pt is damaged"),
         ("talas --teacher changed.pt", "changed.pt is damaged"),
-        ("talas --teacher code.pt", "more than tensors and plain values"),
+        ("talas --teacher code.pt", "not a file of tensors and plain values"),
         # the student
         ("talas --eta -0.1", "--eta -0.1: it must be at least 0"),
         ("talas --temperature nan", "--temperature nan: it must be above 0"),
@@ -180,8 +178,8 @@ def content_of(folder):
         ("eval bert --data label-2", "0 or 1"),
         ("eval bert --data one-score", "same score"),
         ("eval bert --data same", "same cosine"),
-        ("eval bert --data no-test", "mine/test.jsonl: No such file"),
-        ("eval bert --data no-train", "mine/train.jsonl: No such file"),
+        ("eval bert --data no-test", "mine/test.jsonl as UTF-8 text: No such file"),
+        ("eval bert --data no-train", "mine/train.jsonl as UTF-8 text: No such file"),
         ("eval bert --data no-label", "row 2 of mine, train"),
         ("eval bert --data new-label", "train lacks"),
         ("eval bert --data misspelled", "tasks.json"),
@@ -263,13 +261,3 @@ def test_no_input_is_overwritten(work):
         assert after[path] == content
     created = {path.relative_to(work).parts[0] for path in after.keys() - before.keys()}
     assert created == {"new.pt", "new", "new.json"}
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_windows_pipe_takes_every_character(script, monkeypatch):
-    pipe = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", write_through=True)
-    monkeypatch.setattr(sys, "stdout", pipe)
-    with pytest.raises(SystemExit):
-        run(script, "--help")
-    print("ε")
-    assert pipe.buffer.getvalue().endswith(b"\\u03b5\n")
