@@ -240,18 +240,15 @@ class ASAM:
         self.adaptive = adaptive
         self.w = {}  # parameter -> its unperturbed value, while the parameter is at w̃
 
-    def scale(self, p):
-        """The diagonal of T_w for one parameter; of its shape."""
-        return p.abs().add_(self.eta) if self.adaptive else torch.ones_like(p)
-
     @torch.no_grad()
     def ascent_step(self):
         """Move w to w̃ = w + ε̂ and clear the gradients; parameters without one stay at w."""
         self.restore()  # if an earlier ascent was not followed by a descent
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         moved = [p for p in parameters if p.grad is not None]
-        T = {p: self.scale(p) for p in moved}
+        T = {}  # parameter -> the diagonal of T_w, in its shape
         for p in moved:
+            T[p] = p.abs().add_(self.eta) if self.adaptive else torch.ones_like(p)
             p.grad *= T[p]  # now T_w ∇L(w), in place: new memory would cost more time
         norm = get_total_norm([p.grad for p in moved])  # ‖T_w ∇L(w)‖₂, over all parameters
         if norm >= 1e-12:  # next to no gradient gives no direction

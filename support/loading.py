@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.normalizers import Lowercase, Sequence
@@ -46,8 +45,6 @@ def model_folder(name):
             if list(Path(folder).rglob(weights)):
                 break
         return Path(folder)
-    except GatedRepoError:
-        fail(f"{name} is gated: ask for access on its page of the Hub, then `hf auth login`")
     except (OSError, ValueError) as error:
         fail(
             f"cannot find {name}: no such folder, and not downloaded from the Hub (offline: "
@@ -120,20 +117,21 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
         fail(f"{name} holds an interrupted run; finish it first, with --resume")
     declared = read_declarations(root)
     model = load_model(name, declared.folder, dtype).to(device)
-    tokenizer, settings = load_tokenizer(name, declared)
-    limit = declared.max_length or settings.get("model_max_length") or max_length
+    tokenizer, library = load_tokenizer(name, declared)
+    limit = declared.max_length or library.model_max_length  # which is huge if no file has it
     limit = min(max_length, limit, most_positions(model))
     special = tokenizer.num_special_tokens_to_add(False)
     if limit <= special:
         fail(f"{name}: {limit} tokens leave no room for a sentence beside {special} special ones")
     side = (tokenizer.truncation or {}).get("direction", "right")
-    tokenizer.enable_truncation(limit, direction=settings.get("truncation_side") or side)
+    side = library.init_kwargs.get("truncation_side") or side
+    tokenizer.enable_truncation(limit, direction=side)
     pooling = choose_pooling(name, model.config, pooling, declared.pooling)
     layers, dimensions = try_forward(name, model, pooling)
     return Encoder(
         model=model,
         tokenizer=tokenizer,
-        special_tokens=find_special_tokens(model.config, tokenizer, settings),
+        special_tokens=special_tokens_of(library, tokenizer),
         pooling=pooling,
         max_length=limit,
         layers=layers,
@@ -190,47 +188,42 @@ def check_weights(name, model, report):
 
 
 def load_tokenizer(name, declared):
-    """(the tokenizers.Tokenizer of a model, its tokenizer_config.json)."""
-    tokenizer = read_tokenizer(name, declared.folder)
+    """(the tokenizers.Tokenizer of a model, transformers' tokenizer, for what else its files say).
+
+    The tokenizer is that of tokenizer.json, if there is one: transformers' own may be rebuilt from
+    its class.
+    """
+    folder = declared.folder
+    with attempt(f"load the tokenizer of {name}", *READ_ERRORS, ImportError):
+        library = AutoTokenizer.from_pretrained(folder)
+    path = folder / "tokenizer.json"
+    if path.exists():
+        tokenizer = Tokenizer.from_file(str(path))
+    elif any((folder / file).exists() for file in library.vocab_files_names.values()):
+        tokenizer = library.backend_tokenizer
+    else:
+        fail(f"{name} has no tokenizer.json; {ADVICE}")
     tokenizer.no_padding()
-    path = declared.folder / "tokenizer_config.json"
-    settings = read_json(declared.folder / "special_tokens_map.json") | read_json(path)
     encoding = tokenizer.encode("a")
     if any(encoding.type_ids):
         fail(f"{name}: its tokenizer gives token types, which are not implemented; {ADVICE}")
+    config_path = folder / "tokenizer_config.json"
+    settings = read_json(config_path)
     for key, position in {"add_bos_token": 0, "add_eos_token": -1}.items():
         if settings.get(key) and not encoding.special_tokens_mask[position]:
-            fail(f"{path}: {key} is true, but tokenizer.json adds no such token; {ADVICE}")
+            fail(f"{config_path}: {key} is true, but tokenizer.json adds no such token; {ADVICE}")
     if declared.lower_case:  # as sentence-transformers does it
         tokenizer.normalizer = Sequence([Lowercase(), tokenizer.normalizer or Sequence([])])
-    return tokenizer, settings
+    return tokenizer, library
 
 
-def read_tokenizer(name, folder):
-    """That of tokenizer.json, if there is one: transformers rebuilds some from their class."""
-    path = folder / "tokenizer.json"
-    if path.exists():
-        return Tokenizer.from_file(str(path))
-    rebuilt = AutoTokenizer.from_pretrained(folder)
-    vocabulary_files = rebuilt.vocab_files_names.values()
-    if not any((folder / file).exists() for file in vocabulary_files):
-        fail(f"{name} has no tokenizer.json; {ADVICE}")
-    return rebuilt.backend_tokenizer
-
-
-def find_special_tokens(config, tokenizer, settings):
+def special_tokens_of(library, tokenizer):
     """Those in the vocabulary, such as {"pad_token": "[PAD]"}; a decoder may pad with [EOS]."""
     tokens = {}
-    for role in ("cls", "sep", "mask", "unk", "bos", "eos", "pad"):
-        token = settings.get(f"{role}_token")
-        if isinstance(token, dict):
-            token = token["content"]
-        if token and tokenizer.token_to_id(token) is not None:
-            tokens[f"{role}_token"] = token
-    pad_id = getattr(config, "pad_token_id", None)
-    if "pad_token" not in tokens and pad_id is not None:  # the files of many a BERT name no token
-        tokens["pad_token"] = tokenizer.id_to_token(pad_id)
-    elif "pad_token" not in tokens and "eos_token" in tokens:
+    for role, token in library.special_tokens_map.items():
+        if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
+            tokens[role] = token
+    if "pad_token" not in tokens and "eos_token" in tokens:
         tokens["pad_token"] = tokens["eos_token"]
     return tokens
 

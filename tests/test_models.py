@@ -8,12 +8,10 @@ import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import httpx2
 import pytest
 import torch
 from helpers import SENTENCES, TEXTS, embed_alone, ids_alone, small_bert, write_files
 from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -59,7 +57,7 @@ class Kind:
 
 BERT = Kind("bert", pad_token="[PAD]")
 ROBERTA = Kind("roberta", "<s> $A </s>", config={"pad_token_id": 1})
-MODERNBERT = replace(ROBERTA, model_type="modernbert")
+MODERNBERT = replace(ROBERTA, model_type="modernbert", tokenizer_config={"pad_token": "<pad>"})
 GPT2 = Kind("gpt2", tokenizer_config={"eos_token": "</s>"}, pad_token="</s>", pooling="last")
 LLAMA = Kind(
     "llama",
@@ -480,15 +478,6 @@ def test_weights_in_the_old_format_are_downloaded_where_there_are_no_others(bert
     monkeypatch.setattr("support.loading.snapshot_download", download)
     assert torch.equal(embed(load_encoder("hub/model")), expected)
     assert requests == ["*.safetensors", "*.bin"]
-
-
-def test_a_gated_model_is_called_gated(monkeypatch, ends_with_one_line):
-    def download(name, **options):
-        request = httpx2.Request("GET", "https://huggingface.co")
-        raise GatedRepoError("Sorry", response=httpx2.Response(403, request=request))
-
-    monkeypatch.setattr("support.loading.snapshot_download", download)
-    ends_with_one_line(lambda: load_encoder("an/author"), "an/author is gated", "hf auth login")
 
 
 def test_what_was_downloaded_runs_without_a_network(bert, ends_with_one_line):
