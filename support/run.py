@@ -85,9 +85,9 @@ def start_processes(s):
     """Under torchrun: connect this process with the others, and silence all but the first."""
     if "LOCAL_RANK" not in os.environ:  # torchrun sets it
         return
-    on_cpu = pick_device(s.device).type == "cpu"
-    if not on_cpu:
+    if s.device != "cpu" and torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    on_cpu = pick_device(s.device).type == "cpu"
     distributed.init_process_group("gloo" if on_cpu else None)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
@@ -246,8 +246,7 @@ class Log:
         self.device = device
         self.count = first_epoch * steps  # steps that are done
         self.values = []  # of the steps since the last line
-        with attempt(f"write --output {s.output}"):
-            self.path.parent.mkdir(exist_ok=True)
+        self.path.parent.mkdir(exist_ok=True)
         lines = read_metrics(s.output) if s.resume else []
         self.write([line for line in lines if line["step"] <= self.count], mode="w")
         self.bar = progress(s.epochs * steps, "step", initial=self.count)
