@@ -123,9 +123,7 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
     special = tokenizer.num_special_tokens_to_add(False)
     if limit <= special:
         fail(f"{name}: {limit} tokens leave no room for a sentence beside {special} special ones")
-    side = (tokenizer.truncation or {}).get("direction", "right")
-    side = library.init_kwargs.get("truncation_side") or side
-    tokenizer.enable_truncation(limit, direction=side)
+    tokenizer.enable_truncation(limit, direction=library.truncation_side)
     pooling = choose_pooling(name, model.config, pooling, declared.pooling)
     layers, dimensions = try_forward(name, model, pooling)
     return Encoder(

@@ -352,9 +352,8 @@ def test_the_student_is_loaded_as_its_settings_say():
 
 
 def test_the_seed_gives_tiny_its_weights():
-    first = talas.load_student(Settings(seed=1), SENTENCES).model.get_input_embeddings()
-    other = talas.load_student(Settings(seed=2), SENTENCES).model.get_input_embeddings()
-    assert not torch.equal(first.weight, other.weight)
+    first, other = [talas.load_student(Settings(seed=seed), SENTENCES) for seed in (1, 2)]
+    assert first.model.pooler.dense.weight[0, 0] != other.model.pooler.dense.weight[0, 0]
 
 
 def test_bfloat16_rounds_the_losses_of_a_run(here):
@@ -443,8 +442,6 @@ def test_table3_a_line_covers_its_own_steps(tmp_path, monkeypatch):
     """Two epochs of 15 steps of 5 ms; between them 9 s, which are of no step."""
     clock = Mock(return_value=100.0)
     monkeypatch.setattr(runs.time, "perf_counter", clock)
-    memory_mb = Mock(return_value=7)
-    monkeypatch.setattr(runs, "memory_mb", memory_mb)
     log = runs.Log(Settings(output=str(tmp_path), epochs=2), 15, 0, torch.device("cpu"))
     for epoch in range(2):
         clock.return_value += 9
@@ -452,14 +449,17 @@ def test_table3_a_line_covers_its_own_steps(tmp_path, monkeypatch):
         for step in range(15):
             clock.return_value += 0.005
             log.step({"loss": torch.tensor(float(step))}, lr=epoch)
+    expected = [  # each tenth step, an epoch's last; means over the steps since the line before
+        {"step": 10, "epoch": 1, "loss": 4.5, "lr": 0},
+        {"step": 15, "epoch": 1, "loss": 12, "lr": 0},
+        {"step": 20, "epoch": 2, "loss": 2, "lr": 1},
+        {"step": 30, "epoch": 2, "loss": 9.5, "lr": 1},
+    ]
     lines, _ = metrics(tmp_path)
-    assert [line["step"] for line in lines] == [10, 15, 20, 30]  # each tenth, an epoch's last
-    assert [line["epoch"] for line in lines] == [1, 1, 2, 2]
-    assert [line["loss"] for line in lines] == [4.5, 12, 2, 9.5]  # means
-    assert [line["lr"] for line in lines] == [0, 0, 1, 1]
-    assert [line["ms_per_step"] for line in lines] == pytest.approx([5, 5, 5, 5])
-    assert [line["memory_mb"] for line in lines] == [7, 7, 7, 7]
-    assert memory_mb.call_count == 2 + 4  # each call starts a new peak: at an epoch, at a line
+    for line, values in zip(lines, expected, strict=True):
+        assert line.pop("memory_mb") > 0
+        assert line.pop("ms_per_step") == pytest.approx(5)
+        assert line == values
 
 
 # ---------------------------------------------------------------------------------- interruptions
