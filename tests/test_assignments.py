@@ -173,18 +173,6 @@ def test_a_broken_submission_loses_what_is_broken(tmp_path, monkeypatch):
     assert sum(points for points, line in results.values()) == 10  # all of exercise 1
 
 
-def test_a_submission_cannot_replace_what_the_checks_compare_with(tmp_path):
-    source = """
-import torch
-torch.allclose = torch.equal = lambda *_, **__: True
-torch.as_tensor = lambda *_, **__: torch.ones(())
-def relation_matrix(E): return torch.ones(3, 3)
-def simcse_loss(*_): return torch.ones(())
-"""
-    results = graded(tmp_path, source.encode(), "2", "3")
-    assert sum(points for points, line in results.values()) == 0
-
-
 def test_a_file_that_python_cannot_load_gets_no_points(tmp_path):
     for points, line in graded(tmp_path, b"import torch\nx = = 1\n", "1").values():
         assert points == 0

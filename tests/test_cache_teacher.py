@@ -64,11 +64,10 @@ def test_flags_reach_the_teacher(here, monkeypatch):
 
 
 def test_the_seed_reaches_the_papers_corpus(here, monkeypatch):
-    def sample(seed):
-        return [f"{seed} {text}" for text in SENTENCES], SOURCES
-
-    monkeypatch.setattr(data, "paper_corpus", sample)
-    assert run("--corpus", "paper", "--seed", 7)["sentences"][0] == f"7 {SENTENCES[0]}"
+    paper_corpus = Mock(return_value=(SENTENCES, SOURCES))
+    monkeypatch.setattr(data, "paper_corpus", paper_corpus)
+    run("--corpus", "paper", "--seed", 7)
+    paper_corpus.assert_called_once_with(7)
 
 
 def test_lsa_places_words_of_one_topic_together():
@@ -215,12 +214,12 @@ def test_a_run_killed_while_saving_resumes(here, monkeypatch):
 @pytest.mark.parametrize(
     "given, file, old, new",  # old None: the last eight bytes
     [
-        pytest.param(ARRAY, "e.npy", None, 8 * b"\x01", id="an array"),
-        pytest.param(BERT, "bert/model.safetensors", None, 8 * b"\x01", id="the weights"),
-        pytest.param(BERT, "bert/tokenizer.json", b"door", b"boar", id="the vocabulary"),
-        pytest.param(BERT, "bert/config.json", b"gelu", b"relu", id="the configuration"),
-        pytest.param(ARRAY, "corpus.jsonl", b'"a"', b'"c"', id="the sources"),
-        pytest.param(ARRAY, "corpus.jsonl", b"door", b"gate", id="the sentences"),
+        (ARRAY, "e.npy", None, 8 * b"\x01"),
+        (BERT, "bert/model.safetensors", None, 8 * b"\x01"),
+        (BERT, "bert/tokenizer.json", b"door", b"boar"),
+        (BERT, "bert/config.json", b"gelu", b"relu"),
+        (ARRAY, "corpus.jsonl", b'"a"', b'"c"'),  # a source
+        (ARRAY, "corpus.jsonl", b"door", b"gate"),
     ],
 )
 def test_other_content_needs_overwrite(given, file, old, new, here, capsys, ends_with_one_line):
