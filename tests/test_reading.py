@@ -55,15 +55,6 @@ def test_equations_are_the_papers_in_its_order():
         assert unicodedata.normalize("NFKC", text_of(element.find("math"))) == letters
 
 
-def test_lines_of_algorithm_1_are_beside_their_function():
-    functions = {}
-    for row in TREE.iterfind(".//section[@id='Algorithm']/div"):
-        for line in row.iterfind(".//blockquote/strong"):
-            functions[line.text] = row.find(".//figure").get("id")
-    assert functions["9"] == functions["15"] == "talas.training_step"
-    assert functions["5"] == functions["17"] == "talas.train"
-
-
 def test_links_lead_somewhere_and_nothing_is_loaded():
     ids = [element.get("id") for element in TREE.iter() if element.get("id")]
     targets = {link.get("href") for link in TREE.iter("a")}
