@@ -56,6 +56,11 @@ def test_tamd_is_equation_3():
     assert gradcheck(tamd_loss, (layers, projections, teacher))
 
 
+def test_tamd_needs_a_projection_for_each_layer():
+    with pytest.raises(ValueError):
+        tamd_loss(random_rows(2, 5, 4), random_rows(1, 4, 6), random_rows(5, 6))
+
+
 # ------------------------------------------------------------------------------- LASD, Eqs. 4 and 5
 def test_lasd_by_hand():
     same = 3 * torch.ones(2, 2)  # two sentences in one direction
