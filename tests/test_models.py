@@ -204,16 +204,9 @@ def test_a_long_sentence_is_cut_where_the_positions_end(kind, limit, tmp_path, c
     assert f"1 of 2 sentences are cut after {limit} tokens" in capsys.readouterr().out
 
 
-LEFT = {"direction": "Left", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"tokenizer.json": {"truncation": LEFT}}, {TOKENIZER_CONFIG: {"truncation_side": "left"}}],
-    ids=["tokenizer.json", TOKENIZER_CONFIG],
-)
-def test_sentences_are_cut_on_the_left_where_a_file_says_so(changes, bert, tmp_path):
-    encoder = load_encoder(write_files(bert, changes), max_length=12)
+def test_sentences_are_cut_on_the_left_where_a_file_says_so(bert, tmp_path):
+    write_files(bert, {TOKENIZER_CONFIG: {"truncation_side": "left"}})
+    encoder = load_encoder(bert, max_length=12)
     ids = ids_alone(bert, [SENTENCES[4]])[0]
     assert len(ids) > 12
     expected = [ids[0], *ids[-11:]]  # [CLS] stays
@@ -225,8 +218,8 @@ def test_sentences_are_cut_on_the_left_where_a_file_says_so(changes, bert, tmp_p
 
 @pytest.mark.parametrize("pooling, expected", [("cls", 1.0), ("last", 6.0), ("mean", 3.0)])
 def test_pooling_ignores_padding_on_either_side(pooling, expected):
-    hidden = torch.tensor([[1.0, 2, 6, 7e7, 7e7], [7e7, 7e7, 1, 2, 6]])  # (N, T)
-    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]])
+    hidden = torch.tensor([[1.0, 2, 6, 99], [99, 1, 2, 6]])  # (N, T)
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
     pooled = pool(hidden[:, :, None], mask, pooling)
     torch.testing.assert_close(pooled, torch.tensor([[expected], [expected]]))
 
