@@ -444,12 +444,13 @@ def parse_settings(argv, kind=Settings, **defaults):
     parser = HfArgumentParser(kind, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
     parser.set_defaults(**defaults)
-    first_parse = parser.parse_args(argv)  # only to see the student: tiny has other defaults
-    if first_parse.student == "tiny":
+    flags = parser.parse_args(argv)
+    if flags.student == "tiny":
         shown = ", ".join(f"--{name} {value}" for name, value in tiny.SETTINGS.items())
         print(f"student tiny starts from scratch; unless you set them: {shown}")
         parser.set_defaults(**tiny.SETTINGS)
-    return kind(**vars(parser.parse_args(argv)))
+        flags = parser.parse_args(argv)
+    return kind(**vars(flags))
 
 
 def load_student(s, sentences):
