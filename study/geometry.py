@@ -38,7 +38,6 @@ def geometry(encoder, projections, corpus, rows):
     for i, E in enumerate(pooled_layers(encoder, tokens)):  # (n, d_S)
         student_cosines = cosines(E.double())
         layer = {
-            "layer": i + 1,
             "spread": 1 - student_cosines.mean().item(),
             "spearman": 100 * float(spearmanr(student_cosines, teacher_cosines).statistic),
         }
@@ -58,7 +57,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     cache = load_cache(args.teacher)
     n = len(cache["sentences"])
-    rows = torch.arange(n)[:: max(n // SENTENCES, 1)][:SENTENCES]
+    rows = torch.arange(n)[:: n // SENTENCES or 1][:SENTENCES]
     for folder, name in zip(args.students, args.names or args.students, strict=True):
         encoder = load_encoder(folder)
         W_file = Path(folder, "projections.pt")
@@ -67,7 +66,7 @@ def main(argv=None):
         record(args.results, f"geometry/{name}", {"name": name, "layers": layers})
         print(name, layers)
     mean = F.normalize(cache["embeddings"][rows].float()).mean(0)  # the nearest, on average
-    layer = {"layer": "", "tamd": 1 - mean.norm().item()}
+    layer = {"tamd": 1 - mean.norm().item()}
     record(args.results, "geometry/~", {"name": "one vector for all", "layers": [layer]})
 
 

@@ -7,7 +7,6 @@ What needs the network is replaced: its tokenizer by the student's own, its eval
 the teacher, which it would load and drop, by the student. Sentences and targets are a cache's.
 """
 
-import statistics
 import sys
 import tempfile
 import unittest.mock
@@ -56,9 +55,9 @@ def distiller(folder, student, cache, work, **settings):
 
 
 def train(folder, s):
-    """Train with the released code by talas.Settings; leave what talas.py would leave.
+    """Train with the released code by talas.Settings; leave the student and a talas.json.
 
-    It can't resume, takes [CLS], and a GPU if there is one; its time leaves out the tokenizer.
+    It can't resume, takes [CLS], and a GPU if there is one.
     """
     cache = load_cache(s.teacher)
     with tempfile.TemporaryDirectory() as work:
@@ -83,12 +82,9 @@ def train(folder, s):
     code.train()
     encoder = load_encoder(s.student, "cls", s.max_length)
     save_encoder(Path(s.output), replace(encoder, model=code.model_student))
-    times = code.step_times  # without its first ten
     about = {
         "settings": asdict(s),
-        "teacher": cache["teacher"],
         "corpus": cache["fingerprint"],
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "cost": {"ms_per_step": 1000 * statistics.median(times)} if times else {},
     }
     write_json(Path(s.output, "talas.json"), about)
