@@ -194,19 +194,19 @@ class Baseline(talas.Objective):
         n_views = 2 if s.method == "distillcse" else 1
         views = talas.embed(self.encoder, tokens, s, n_views)[-1]  # (views, N, d_S)
         e = views[0]
-        terms = {}
         if s.method == "distillcse":
-            terms["simcse"] = talas.simcse_loss(e, views[1], s.temperature)
+            simcse = talas.simcse_loss(e, views[1], s.temperature)
             # λ_max is of one function: without the shuffling, as without dropout
-            terms["distillation"] = distribution_loss(e, teacher, s, shuffled=self.training)
-        elif s.method == "rkd":
-            terms["distillation"] = rkd_loss(e, teacher, s)
+            distillation = distribution_loss(e, teacher, s, shuffled=self.training)
+            loss = simcse + distillation
+            return loss, {"simcse": simcse, "distillation": distillation, "loss": loss}
+        if s.method == "rkd":
+            loss = rkd_loss(e, teacher, s)
         elif s.method == "stella":
-            terms["distillation"] = stella_loss(e @ self.projections[0], teacher, s)
+            loss = stella_loss(e @ self.projections[0], teacher, s)
         else:
-            terms["distillation"] = distill_loss(e @ self.projections[0], teacher, s.distance)
-        loss = sum(terms.values())
-        return loss, terms | {"loss": loss}
+            loss = distill_loss(e @ self.projections[0], teacher, s.distance)
+        return loss, {"distillation": loss, "loss": loss}
 
 
 def prepare(s, cache, kind=talas.Objective):

@@ -12,7 +12,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-import torch.nn.functional as F
 from scipy.stats import spearmanr
 
 import talas
@@ -64,8 +63,8 @@ def main(argv=None):
         projections = load(W_file) if W_file.exists() else []
         layers = geometry(encoder, projections, Corpus(cache, encoder), rows)
         record(args.results, f"geometry/{name}", {"name": name, "layers": layers})
-        print(name, layers)
-    mean = F.normalize(cache["embeddings"][rows].float()).mean(0)  # the nearest, on average
+    unit_vectors = torch.nn.functional.normalize(cache["embeddings"][rows].float())
+    mean = unit_vectors.mean(0)  # the nearest, on average
     layer = {"tamd": 1 - mean.norm().item()}
     record(args.results, "geometry/~", {"name": "one vector for all", "layers": [layer]})
 

@@ -37,9 +37,8 @@ METHODS = {  # method -> its defaults, which are the released code's where Appen
     "dskd": {"temperature": 0.07, "projection_lr_scale": 1.0},
     "emo": {"temperature": 0.05, "projection_lr_scale": 1.0, "warmup_ratio": 0.1},
 }
-# emo compares these in place of special tokens: far from any word, equal for both tokenizers
-FIRST_SPECIAL = "\1" * 20
-OTHER_SPECIAL = "\2" * 20
+# emo compares this in place of a special token: far from any word, equal for both tokenizers
+SPECIAL = "\1" * 20
 
 
 @dataclass(frozen=True)
@@ -93,18 +92,17 @@ def warp(cost):
 def words_of(encoder, sentence, with_special):
     """A sentence's tokens in lower case, without subword markers: (their positions, list of str).
 
-    Special tokens are left out, or become FIRST_SPECIAL and OTHER_SPECIAL.
+    Special tokens are left out, or become SPECIAL.
     """
     encoding = encoder.tokenizer.encode(sentence)
     positions = []
     words = []
     for i, token in enumerate(encoding.tokens):
-        word = token.removeprefix("##").strip("Ġ▁").lower()
-        if encoding.special_tokens_mask[i]:
-            word = OTHER_SPECIAL if i > 0 else FIRST_SPECIAL
-        if with_special or not encoding.special_tokens_mask[i]:
+        special = encoding.special_tokens_mask[i]
+        if with_special or not special:
             positions.append(i)
-            words.append(word)
+            word = token.removeprefix("##").strip("Ġ▁").lower()
+            words.append(SPECIAL if special else word)
     return positions, words
 
 
@@ -137,12 +135,6 @@ def token_states(encoder, batch, attention_layers):
             states[name][rows, :n, :n] = output.attentions[layer].float().mean(1)
     states["sentence"] = pool(states["last"], mask, encoder.pooling)
     return states
-
-
-def token_importance(attention, mask):
-    """The softmax of the attention that each token receives: (N, n, n), (N, n) -> (N, n)."""
-    received = (attention * mask[:, :, None]).sum(1)  # none from padding
-    return received.masked_fill(mask == 0, -torch.inf).softmax(-1)
 
 
 def student_mass(importance, links, student_mask):
@@ -243,7 +235,7 @@ class OnlineCorpus(Corpus):
 
 
 # ---------------------------------------------------------------------------------- the objectives
-def unit_mse(a, b, mean="elements"):
+def unit_mse(a, b, mean):
     """Mean square of two sets of unit vectors, (r, d): 2 (1 - cos) / d; over rows: 2 (1 - cos)."""
     squares = (F.normalize(a, dim=-1) - F.normalize(b, dim=-1)).square()
     return squares.mean() if mean == "elements" else squares.sum(-1).mean()
@@ -311,17 +303,21 @@ def dskd_loss(projections, student, teacher, s):
 
 
 def emo_loss(projections, student, teacher):
-    """EMO: 0.05 x the sum of 1 - CKA of attention rows + half the mean cost of transport."""
-    importance = token_importance(teacher["last_attention"], teacher["mask"])  # (N, n_T)
+    """EMO: 0.05 x the sum of 1 - CKA of attention rows + half the mean cost of transport.
+
+    A teacher token's mass is its importance: the softmax of the attention that it receives.
+    """
+    mask = teacher["mask"]  # (N, n_T)
+    received = (teacher["last_attention"] * mask[:, :, None]).sum(1)  # none from padding
+    importance = received.masked_fill(mask == 0, -torch.inf).softmax(-1)  # (N, n_T)
     relations = 0
     for i, mutual in enumerate(teacher["mutual"]):
         if len(mutual) >= 3:  # CKA of fewer rows is constant
             S, T = most_important(mutual, importance[i])
-            X = student["attention"][i, S]
-            Y = teacher["attention"][i, T]
-            relations = relations + cka_loss(X, Y)
+            relation = cka_loss(student["attention"][i, S], teacher["attention"][i, T])
+            relations = relations + relation
     teacher_states = teacher["last"] @ projections[0]  # (N, n_T, d_S)
-    cost = 1 - attention(student["last"], teacher_states, teacher["mask"])  # (N, n_S, n_T)
+    cost = 1 - attention(student["last"], teacher_states, mask)  # (N, n_S, n_T)
     mass = student_mass(importance, teacher["links"], student["mask"])
     plan = sinkhorn(cost, mass, importance, epsilon=0.1, iterations=100)
     transport = (plan * cost).sum((1, 2)).mean()

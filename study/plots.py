@@ -91,7 +91,6 @@ def draw_starts(path, by_row):
 
 def draw_all(entries, folder):
     """Write what there are results for: PAIR-terms.svg, PAIR-scores.svg; B-start.svg."""
-    folder.mkdir(parents=True, exist_ok=True)
     for pair, by_row in runs(entries).items():
         if by_row["STL"]:
             draw_terms(folder / f"{pair}-terms.svg", by_row)

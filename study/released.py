@@ -9,13 +9,12 @@ the teacher, which it would load and drop, by the student. Sentences and targets
 
 import sys
 import tempfile
-import unittest.mock
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest.mock import MagicMock, patch
 
 import torch
-import torch.nn.functional as F
 import transformers
 from transformers import AutoTokenizer
 
@@ -33,8 +32,9 @@ def distiller(folder, student, cache, work, **settings):
     sentences = f"{work}/sentences.csv"
     targets = f"{work}/targets.pt"
     pandas.DataFrame({"text": cache["sentences"]}).to_csv(sentences, index=False)
-    torch.save(F.normalize(cache["embeddings"].float(), dim=1), targets)  # as its own cache is
-    sys.modules["src.evaluation.evaluation_automodel"] = unittest.mock.MagicMock()
+    unit_vectors = torch.nn.functional.normalize(cache["embeddings"].float())
+    torch.save(unit_vectors, targets)  # as its own cache is
+    sys.modules["src.evaluation.evaluation_automodel"] = MagicMock()
     sys.path.insert(0, str(folder))
     warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, once a step
     with attempt(f"import the released code from {folder}", ImportError):
@@ -50,7 +50,7 @@ def distiller(folder, student, cache, work, **settings):
         **settings,
     )
     tokenizer = AutoTokenizer.from_pretrained(student)
-    with unittest.mock.patch.object(AutoTokenizer, "from_pretrained", return_value=tokenizer):
+    with patch.object(AutoTokenizer, "from_pretrained", return_value=tokenizer):
         return KnowledgeDistiller(config)
 
 

@@ -118,13 +118,14 @@ def start_table(runs):
 
 
 def sharpness_table(runs):
-    """The paper's Table 4: λ_max after each epoch."""
+    """The paper's Table 4: λ_max after each epoch, a line for each run."""
     table = [["after epoch"] + EPOCHS]
     for row in ROWS:
-        curves = [entry["lambda_max"] for entry in runs[row] if entry.get("lambda_max")]
-        if curves:
-            cells = [[curve[epoch] for curve in curves if epoch in curve] for epoch in EPOCHS]
-            table.append([row] + [mean_sd(values) for values in cells])
+        for entry in runs[row]:
+            curve = entry.get("lambda_max")
+            if curve:
+                cells = [f"{curve[epoch]:.2f}" if epoch in curve else "–" for epoch in EPOCHS]
+                table.append([row] + cells)
     return table
 
 
@@ -177,7 +178,7 @@ def tables(entries):
     made = {
         "gains": gain_table(by_pair, CLAIMS),
         "methods": gain_table(by_pair, METHODS),
-        "geometry": geometry_table(e for key, e in entries.items() if key.startswith("geometry/")),
+        "geometry": geometry_table(entry for entry in entries.values() if "layers" in entry),
     }
     for pair, runs in by_pair.items():
         made[f"main-{pair}"] = score_table(runs, MAIN, TASKS | AVERAGES, "row")
@@ -186,10 +187,10 @@ def tables(entries):
         if pair == "B":
             made["start"] = start_table(runs)
     for key, entry in entries.items():
-        if key.startswith("bench/"):
-            name = key.removeprefix("bench/").replace("/", "-")
-            made[f"bench-{name}"] = bench_table(entry)
-            made[f"cost-{name}"] = cost_table(entry)
+        if "table3" in entry:
+            name = key.replace("/", "-")  # such as bench-student-cls-cpu
+            made[name] = bench_table(entry)
+            made[name.replace("bench", "cost")] = cost_table(entry)
     return made
 
 

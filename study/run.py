@@ -73,20 +73,6 @@ def model_path(args, name):
     return name if "/" in name else f"{args.models}/{name}"
 
 
-def make_cache(args, pair, path):
-    """Make the cache of a pair's teacher. If it is there with other content, the program ends."""
-    teacher = PAIRS[pair]["teacher"]
-    if "/" not in teacher:
-        teacher = args.embeddings
-    flags = [
-        f"--teacher={teacher}",
-        f"--corpus={args.corpus}",
-        f"--output={path}",
-        f"--dtype={PAIRS[pair]['dtype']}",
-    ]
-    cache_teacher.main(flags)
-
-
 def settings_of_run(args, pair, row, seed):
     """The settings of a run; the teacher is a cache's path, for an online method a model."""
     teacher = PAIRS[pair]["teacher"]
@@ -113,7 +99,14 @@ def train(args, pair, row, s):
     if is_online(row):
         online.run(s)
         return
-    make_cache(args, pair, s.teacher)
+    teacher = PAIRS[pair]["teacher"]
+    flags = [
+        f"--teacher={teacher if '/' in teacher else args.embeddings}",
+        f"--corpus={args.corpus}",
+        f"--output={s.teacher}",
+        f"--dtype={PAIRS[pair]['dtype']}",
+    ]
+    cache_teacher.main(flags)  # if the cache is there with other content, the program ends
     if row == "released-code":
         released.train(args.released, s)
     else:

@@ -186,7 +186,7 @@ def test_stella_trains_w_alone_then_both_and_resumes_to_the_bit(flags, monkeypat
     def watch(number, objective):
         layer = objective.model.encoder.layer[0]
         queries.append(layer.attention.self.query.weight.tolist())
-        projections.append(objective.projections[0].detach().clone())
+        projections.append(objective.projections[0].tolist())
         if number == 3 + 5:  # in the second epoch of the second stage
             raise KeyboardInterrupt
 
@@ -196,7 +196,7 @@ def test_stella_trains_w_alone_then_both_and_resumes_to_the_bit(flags, monkeypat
         baselines.main(flags)
     assert queries[3] == queries[0]  # the first stage has three steps
     assert queries[4] != queries[3]
-    assert projections[3].std() > 3 * projections[0].std()
+    assert projections[3] != projections[0]
     baselines.main([*flags, "--resume"])
     resumed = saved_weights("out")
     baselines.main([*flags, "--overwrite"])
@@ -204,6 +204,6 @@ def test_stella_trains_w_alone_then_both_and_resumes_to_the_bit(flags, monkeypat
     assert metrics("out")[0][-1]["step"] == 6
 
 
-@pytest.mark.parametrize("flag, value", [("--method", "emo"), ("--teacher_temperature", "0")])
-def test_a_mistake_is_one_line(flags, flag, value, ends_with_one_line):
-    ends_with_one_line(lambda: baselines.main([*flags, "distill", flag, value]), flag)
+def test_a_mistake_is_one_line(flags, ends_with_one_line):
+    flags = [*flags, "distillcse", "--teacher_temperature", "0"]
+    ends_with_one_line(lambda: baselines.main(flags), "--teacher_temperature")
