@@ -224,16 +224,6 @@ def prepare(s, cache, kind=talas.Objective):
     return corpus, kind(encoder, projections, s)
 
 
-def first_stage(s, corpus, objective):
-    """Stella's first stage: train the projection alone, with the student fixed."""
-    print(f"first stage: {s.projection_epochs} epochs of the projection alone")
-    objective.model.requires_grad_(False)
-    with tempfile.TemporaryDirectory() as folder:
-        stage = replace(s, epochs=s.projection_epochs, output=folder, resume=False, sharpness=False)
-        talas.train(stage, corpus, objective)
-    objective.model.requires_grad_(True)
-
-
 def start(s, path):
     """The first steps of talas.main; path: the cache, or a corpus. Returns what it holds."""
     check_settings(s)
@@ -250,7 +240,14 @@ def train_and_save(s, cache, corpus, objective):
     dry_run(corpus.encoder, corpus, s.output)
     resumed = s.resume and Path(s.output, "checkpoint.pt").exists()
     if method_of(s) == "stella" and not resumed:
-        first_stage(s, corpus, objective)
+        print(f"first stage: {s.projection_epochs} epochs of the projection alone")
+        objective.model.requires_grad_(False)
+        with tempfile.TemporaryDirectory() as folder:
+            stage = replace(
+                s, epochs=s.projection_epochs, output=folder, resume=False, sharpness=False
+            )
+            talas.train(stage, corpus, objective)
+        objective.model.requires_grad_(True)
     talas.train(s, corpus, objective)
     talas.finish(s, cache, objective)
     stop_processes()

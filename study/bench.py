@@ -33,6 +33,7 @@ from support.run import memory_mb, pick_device
 
 BATCH_SIZE = 32
 WARM_UP = 4  # turns that are not counted
+TURNS = 24  # turns that are
 ENCODED = 32  # batches that a side embeds in a turn
 STEPS = {"talas": "STLA", "adamw": "STL", "simcse": "S", "plain": "STLA", "bfloat16": "STLA"}
 
@@ -113,16 +114,14 @@ def side(name, cache, args):
 # ---------------------------------------------------------------------------------- measurements
 def batches(cache, n):
     """n random batches, the same at each call: positions, (N,) each."""
-    generator = torch.Generator().manual_seed(0)
-    sentences = len(cache["sentences"])
-    return [torch.randperm(sentences, generator=generator)[:BATCH_SIZE] for _ in range(n)]
+    return talas.batches(len(cache["sentences"]), talas.Settings(), epoch=0)[:n]
 
 
 def in_turn(names, cache, args):
     """{side: its ms in each turn that counts}."""
     sides = {name: side(name, cache, args) for name in names}
     ms = {name: [] for name in names}
-    for turn, rows in enumerate(batches(cache, WARM_UP + args.turns)):
+    for turn, rows in enumerate(batches(cache, WARM_UP + TURNS)):
         for name in sorted(names, reverse=turn % 2):
             start = time.perf_counter()
             sides[name](rows)
@@ -169,11 +168,12 @@ def table3(cache, args):
         # a cache's share of a step: a batch is embedded once and used in each epoch
         share = 1 / ENCODED / talas.Settings.epochs if name == "cached" else 1
         ratio = {other: share * median_ratio(ms, name, other) for other in ("adamw", "talas")}
-        measured[name] = {"ms": share * statistics.median(ms[name]), "ratio": ratio}
-        measured[name]["teacher"] = teacher if run.is_online(name) or name == "cached" else 0
+        cost = {"ms": share * statistics.median(ms[name]), "ratio": ratio}
+        cost["teacher"] = teacher if run.is_online(name) or name == "cached" else 0
         if name != "cached":
-            measured[name]["student"] = student
-            measured[name]["rest"] = peak_mb(name, cache, args)
+            cost["student"] = student
+            cost["rest"] = peak_mb(name, cache, args)
+        measured[name] = cost
     return measured
 
 
@@ -182,7 +182,7 @@ def measure(name, cache, args):
     first = BENCH[name]["first"]
     second = BENCH[name]["second"]
     ms = in_turn([first, second], cache, args)
-    medians = [statistics.median(ms[first]), statistics.median(ms[second])]
+    medians = [statistics.median(times) for times in ms.values()]
     return {"ratio": median_ratio(ms, first, second), "ms": medians}
 
 
@@ -194,7 +194,6 @@ def main(argv=None):
     flag("--student", required=True, help="folder or Hub id of the student to train")
     flag("--teacher", help="the model of the cache, to run online")
     flag("--released", help="a clone of the released code")
-    flag("--turns", type=int, default=24, help="turns of each side that count")
     args = parser.parse_args(argv)
     args.device = pick_device("auto")
     cache = load_cache(args.cache)

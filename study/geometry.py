@@ -32,16 +32,15 @@ def geometry(encoder, projections, corpus, rows):
     encoder.model.eval()  # without dropout
     tokens, teacher, _ = corpus.batch(rows)  # teacher: (n, d_T)
     teacher_cosines = cosines(teacher.double())  # (n (n - 1) / 2,)
-    first_anchored = encoder.layers - len(projections)
+    not_anchored = [None] * (encoder.layers - len(projections))
     layers = []
-    for i, E in enumerate(pooled_layers(encoder, tokens)):  # (n, d_S)
+    for E, W in zip(pooled_layers(encoder, tokens), not_anchored + projections):  # (n, d_S)
         student_cosines = cosines(E.double())
         layer = {
             "spread": 1 - student_cosines.mean().item(),
             "spearman": 100 * float(spearmanr(student_cosines, teacher_cosines).statistic),
         }
-        if i >= first_anchored:
-            W = projections[i - first_anchored]
+        if W is not None:
             layer["tamd"] = talas.tamd_loss([E], [W], teacher).item()
         layers.append(layer)
     return layers

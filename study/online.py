@@ -137,28 +137,6 @@ def token_states(encoder, batch, attention_layers):
     return states
 
 
-def student_mass(importance, links, student_mask):
-    """The masses of the student's tokens in emo's transport, (N, n_S); a sentence's sum is 1.
-
-    A token gets the importance, (N, n_T), of the teacher token that is linked to it; without a link
-    it gets the least importance in the sentence. links: (N, n_S, n_T); student_mask: (N, n_S).
-    """
-    least = importance.masked_fill(importance == 0, torch.inf).amin(1, keepdim=True)  # 0: padding
-    linked = (links * importance[:, None]).sum(-1)
-    mass = torch.where(links.any(-1), linked, least) * student_mask
-    return mass / mass.sum(1, keepdim=True)
-
-
-def most_important(pairs, importance):
-    """A third of a sentence's pairs, at least three: those with the most important teacher tokens.
-
-    pairs: a list of (student token, teacher token); importance: (n_T,). Returns (2, r).
-    """
-    pairs = torch.tensor(pairs, device=importance.device).T
-    order = importance[pairs[1]].argsort(descending=True, stable=True)
-    return pairs[:, order[: max(3, len(order) // 3)]]
-
-
 def nearest(cost):
     """The pairs of EMO from a cost, (n_T, n_S): (links, mutual), lists of (student, teacher).
 
@@ -305,7 +283,10 @@ def dskd_loss(projections, student, teacher, s):
 def emo_loss(projections, student, teacher):
     """EMO: 0.05 x the sum of 1 - CKA of attention rows + half the mean cost of transport.
 
-    A teacher token's mass is its importance: the softmax of the attention that it receives.
+    CKA compares the rows of a third of the mutual pairs, at least three: those with the most
+    important teacher tokens. The importance of a token is the softmax of the attention that it
+    receives, and its mass in the transport. A student token has the mass of the teacher token that
+    is linked to it, without a link the least one; the sum over a sentence is then made 1.
     """
     mask = teacher["mask"]  # (N, n_T)
     received = (teacher["last_attention"] * mask[:, :, None]).sum(1)  # none from padding
@@ -313,12 +294,19 @@ def emo_loss(projections, student, teacher):
     relations = 0
     for i, mutual in enumerate(teacher["mutual"]):
         if len(mutual) >= 3:  # CKA of fewer rows is constant
-            S, T = most_important(mutual, importance[i])
-            relation = cka_loss(student["attention"][i, S], teacher["attention"][i, T])
-            relations = relations + relation
+            S, T = torch.tensor(mutual, device=mask.device).T
+            order = importance[i, T].argsort(descending=True, stable=True)
+            order = order[: max(3, len(order) // 3)]
+            X = student["attention"][i, S[order]]
+            Y = teacher["attention"][i, T[order]]
+            relations = relations + cka_loss(X, Y)
     teacher_states = teacher["last"] @ projections[0]  # (N, n_T, d_S)
     cost = 1 - attention(student["last"], teacher_states, mask)  # (N, n_S, n_T)
-    mass = student_mass(importance, teacher["links"], student["mask"])
+    links = teacher["links"]  # (N, n_S, n_T)
+    least = importance.masked_fill(mask == 0, torch.inf).amin(1, keepdim=True)
+    linked = (links * importance[:, None]).sum(-1)  # (N, n_S)
+    mass = torch.where(links.any(-1), linked, least) * student["mask"]
+    mass = mass / mass.sum(1, keepdim=True)
     plan = sinkhorn(cost, mass, importance, epsilon=0.1, iterations=100)
     transport = (plan * cost).sum((1, 2)).mean()
     return (0.05 * relations + 0.5 * transport).float()
