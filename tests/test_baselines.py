@@ -122,15 +122,14 @@ def test_distillcse_distils_the_first_of_two_views(here):
     assert_close(loss, terms["simcse"] + terms["distillation"])
 
 
-@pytest.mark.parametrize(
-    "training, group_p, losses", [(True, 0.5, 5), (True, 0, 1), (False, 0.5, 1)]
-)
-def test_distillcse_shuffles_in_training(here, training, group_p, losses):
-    objective, tokens, teacher = prepare(f"--method distillcse --group_p {group_p}")
+def test_distillcse_shuffles_in_training(here):
+    objective, tokens, teacher = prepare("--method distillcse --group_p 0.5")
     for module in objective.modules():
         module.p = 0.0  # no dropout
-    objective.train(training)
-    assert len({objective(tokens, teacher)[0].item() for _ in range(5)}) == losses
+    objective.train()
+    assert len({objective(tokens, teacher)[0].item() for _ in range(5)}) == 5
+    objective.eval()
+    assert len({objective(tokens, teacher)[0].item() for _ in range(5)}) == 1
 
 
 def huber(difference):
@@ -167,8 +166,8 @@ def test_rkd_has_a_gradient_where_two_sentences_are_the_same():
 def test_projection_std(here):
     s = baselines.WithStart(student="bert", device="cpu", projection_std=0.5)
     _, objective = baselines.prepare(s, torch.load("teacher.pt"), talas.Objective)
-    deviations = [W.std().item() for W in objective.projections]
-    assert deviations == pytest.approx([0.5, 0.5], rel=0.15)
+    for W in objective.projections:
+        assert W.std().item() == pytest.approx(0.5, rel=0.15)
 
 
 # -------------------------------------------------------------------------------------- whole runs

@@ -127,17 +127,17 @@ def test_sinkhorn_gives_a_plan_of_its_form_with_its_marginals():
 
 
 # -------------------------------------------------- each method, in loops over sentences alone
-class Alone:
+@torch.no_grad()
+def alone(folder, text):
     """What an encoder makes of one sentence without padding: states (n, d), attention (n, n)."""
-
-    def __init__(self, folder, text):
-        model = AutoModel.from_pretrained(folder, attn_implementation="eager")
-        ids = torch.tensor([tokenize_alone(folder, [text])[0].ids])
-        with torch.no_grad():
-            output = model(ids, output_hidden_states=True, output_attentions=True)
-        self.states = [hidden[0] for hidden in output.hidden_states]
-        self.last = self.states[-1]
-        self.attention = [attention[0].mean(0) for attention in output.attentions]
+    model = AutoModel.from_pretrained(folder, attn_implementation="eager")
+    ids = torch.tensor([tokenize_alone(folder, [text])[0].ids])
+    output = model(ids, output_hidden_states=True, output_attentions=True)
+    return SimpleNamespace(
+        states=[hidden[0] for hidden in output.hidden_states],
+        last=output.last_hidden_state[0],
+        attention=[attention[0].mean(0) for attention in output.attentions],
+    )
 
 
 def mean_distance(pairs, mse):
@@ -208,8 +208,8 @@ def test_a_batch_gives_what_its_sentences_give_alone(
     for W in objective.projections:
         W.data *= 8  # or attention would be nearly the same everywhere
     loss, terms = objective.eval()(*corpus.batch(torch.tensor([2, 0, 3, 1]))[:2])
-    student = [Alone(models / "student", text) for text in TEXTS]
-    teacher = [Alone(models / "teacher", text) for text in TEXTS]
+    student = [alone(models / "student", text) for text in TEXTS]
+    teacher = [alone(models / "teacher", text) for text in TEXTS]
     distillation = method(corpus, student, teacher, objective.projections, mse).item()
     assert terms["distillation"].item() == pytest.approx(distillation, rel=1e-4)
     assert_close(loss, simcse_weight * terms["simcse"] + terms["distillation"])
