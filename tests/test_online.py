@@ -51,6 +51,9 @@ def test_words_have_no_markers_and_no_capitals():
     encoder = SimpleNamespace(tokenizer=tokenizer)
     words = online.words_of(encoder, "The cooks", with_special=False)
     assert words == ([1, 2, 3], ["the", "cook", "s"])
+    positions, words = online.words_of(encoder, "The cooks", with_special=True)
+    assert positions == [0, 1, 2, 3, 4]
+    assert words[0] == words[4] == online.SPECIAL
 
 
 @pytest.fixture(scope="module")
