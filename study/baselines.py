@@ -33,6 +33,11 @@ from support.run import (
 
 
 # ---------------------------------------------------------------------------------------- settings
+def fixed(value):
+    """A setting without a flag, because it belongs to TALAS alone."""
+    return field(default=value, init=False)
+
+
 @dataclass(frozen=True)
 class WithStart(talas.Settings):
     """TALAS's own settings, and how W starts."""
@@ -45,12 +50,11 @@ class Common(WithStart):
     """The settings that all other methods share, also those of online.py."""
 
     optimizer: Literal["asam", "sam", "adamw"] = "adamw"
-    # no flags: what belongs to TALAS alone
-    lambda3: float = field(default=0.0, init=False)
-    anchored_layers: int = field(default=1, init=False)
-    lasd_layers: int = field(default=0, init=False)
-    detach_guide: bool = field(default=False, init=False)
-    disam_lambda: float = field(default=0.0, init=False)
+    lambda3: float = fixed(0.0)
+    anchored_layers: int = fixed(1)
+    lasd_layers: int = fixed(0)
+    detach_guide: bool = fixed(False)
+    disam_lambda: float = fixed(0.0)
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,8 @@ class Settings(Common):
     distance_weight: float = 1.0
     angle_weight: float = 2.0
     # as for TAMD alone: talas.py loads the targets and makes one W
-    lambda1: float = field(default=0.0, init=False)
-    lambda2: float = field(default=1.0, init=False)
+    lambda1: float = fixed(0.0)
+    lambda2: float = fixed(1.0)
 
 
 def method_of(s):
@@ -190,23 +194,25 @@ class Baseline(talas.Objective):
         n_views = 2 if s.method == "distillcse" else 1
         views = talas.embed(self.encoder, tokens, s, n_views)[-1]  # (views, N, d_S)
         e = views[0]
-        terms = {}
         if s.method == "distillcse":
-            terms["simcse"] = talas.simcse_loss(e, views[1], s.temperature)
+            simcse = talas.simcse_loss(e, views[1], s.temperature)
             # λ_max is of one function: without the shuffling, as without dropout
-            terms["distillation"] = distribution_loss(e, teacher, s, shuffled=self.training)
-        elif s.method == "rkd":
-            terms["distillation"] = rkd_loss(e, teacher, s)
+            distillation = distribution_loss(e, teacher, s, shuffled=self.training)
+            loss = simcse + distillation
+            return loss, {"simcse": simcse, "distillation": distillation, "loss": loss}
+        if s.method == "rkd":
+            loss = rkd_loss(e, teacher, s)
         elif s.method == "stella":
-            terms["distillation"] = stella_loss(e @ self.projections[0], teacher, s)
+            loss = stella_loss(e @ self.projections[0], teacher, s)
         else:
-            terms["distillation"] = distill_loss(e @ self.projections[0], teacher, s.distance)
-        loss = sum(terms.values())
-        return loss, terms | {"loss": loss}
+            loss = distill_loss(e @ self.projections[0], teacher, s.distance)
+        return loss, {"distillation": loss, "loss": loss}
 
 
-def prepare(s, cache, kind=Baseline):
-    """(corpus, objective) for a cache; kind: the class of the objective."""
+def prepare(s, cache, kind=talas.Objective):
+    """(corpus, objective) for a cache; kind: the class of the objective of TALAS itself."""
+    if method_of(s) != "TALAS":
+        kind = Baseline
     encoder = talas.load_student(s, cache["sentences"])
     corpus = Corpus(cache, encoder)
     projections = []
@@ -216,16 +222,6 @@ def prepare(s, cache, kind=Baseline):
         for W in projections:
             W.mul_(s.projection_std / talas.W_STD)
     return corpus, kind(encoder, projections, s)
-
-
-def first_stage(s, corpus, objective):
-    """Stella's first stage: train the projection alone, with the student fixed."""
-    print(f"first stage: {s.projection_epochs} epochs of the projection alone")
-    objective.model.requires_grad_(False)
-    with tempfile.TemporaryDirectory() as folder:
-        stage = replace(s, epochs=s.projection_epochs, output=folder, resume=False, sharpness=False)
-        talas.train(stage, corpus, objective)
-    objective.model.requires_grad_(True)
 
 
 def start(s, path):
@@ -238,23 +234,30 @@ def start(s, path):
     return cache
 
 
-def train_and_save(s, cache, corpus, objective, keep_epochs):
-    """The last steps of talas.main, with Stella's first stage; keep_epochs: as in talas.train."""
+def train_and_save(s, cache, corpus, objective):
+    """The last steps of talas.main, with Stella's first stage."""
     check_fit(s, corpus)
     dry_run(corpus.encoder, corpus, s.output)
     resumed = s.resume and Path(s.output, "checkpoint.pt").exists()
     if method_of(s) == "stella" and not resumed:
-        first_stage(s, corpus, objective)
-    talas.train(s, corpus, objective, keep_epochs)
+        print(f"first stage: {s.projection_epochs} epochs of the projection alone")
+        objective.model.requires_grad_(False)
+        with tempfile.TemporaryDirectory() as folder:
+            stage = replace(
+                s, epochs=s.projection_epochs, output=folder, resume=False, sharpness=False
+            )
+            talas.train(stage, corpus, objective)
+        objective.model.requires_grad_(True)
+    talas.train(s, corpus, objective)
     talas.finish(s, cache, objective)
     stop_processes()
 
 
-def run(s, kind=Baseline, keep_epochs=None):
-    """Train with the settings s; kind: the class of the objective, also one of TALAS's own."""
+def run(s, kind=talas.Objective):
+    """Train with the settings s, of a method or of TALAS itself; kind: as in prepare."""
     cache = start(s, s.teacher)
     corpus, objective = prepare(s, cache, kind)
-    train_and_save(s, cache, corpus, objective, keep_epochs)
+    train_and_save(s, cache, corpus, objective)
 
 
 def main(argv=None):

@@ -12,7 +12,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-import torch.nn.functional as F
 from scipy.stats import spearmanr
 
 import talas
@@ -33,17 +32,15 @@ def geometry(encoder, projections, corpus, rows):
     encoder.model.eval()  # without dropout
     tokens, teacher, _ = corpus.batch(rows)  # teacher: (n, d_T)
     teacher_cosines = cosines(teacher.double())  # (n (n - 1) / 2,)
-    first_anchored = encoder.layers - len(projections)
+    not_anchored = [None] * (encoder.layers - len(projections))
     layers = []
-    for i, E in enumerate(pooled_layers(encoder, tokens)):  # (n, d_S)
+    for E, W in zip(pooled_layers(encoder, tokens), not_anchored + projections):  # (n, d_S)
         student_cosines = cosines(E.double())
         layer = {
-            "layer": i + 1,
             "spread": 1 - student_cosines.mean().item(),
             "spearman": 100 * float(spearmanr(student_cosines, teacher_cosines).statistic),
         }
-        if i >= first_anchored:
-            W = projections[i - first_anchored]
+        if W is not None:
             layer["tamd"] = talas.tamd_loss([E], [W], teacher).item()
         layers.append(layer)
     return layers
@@ -58,16 +55,16 @@ def main(argv=None):
     args = parser.parse_args(argv)
     cache = load_cache(args.teacher)
     n = len(cache["sentences"])
-    rows = torch.arange(n)[:: max(n // SENTENCES, 1)][:SENTENCES]
+    rows = torch.arange(n)[:: n // SENTENCES or 1][:SENTENCES]
     for folder, name in zip(args.students, args.names or args.students, strict=True):
         encoder = load_encoder(folder)
         W_file = Path(folder, "projections.pt")
         projections = load(W_file) if W_file.exists() else []
         layers = geometry(encoder, projections, Corpus(cache, encoder), rows)
         record(args.results, f"geometry/{name}", {"name": name, "layers": layers})
-        print(name, layers)
-    mean = F.normalize(cache["embeddings"][rows].float()).mean(0)  # the nearest, on average
-    layer = {"layer": "", "tamd": 1 - mean.norm().item()}
+    unit_vectors = torch.nn.functional.normalize(cache["embeddings"][rows].float())
+    mean = unit_vectors.mean(0)  # the nearest, on average
+    layer = {"tamd": 1 - mean.norm().item()}
     record(args.results, "geometry/~", {"name": "one vector for all", "layers": [layer]})
 
 

@@ -8,10 +8,10 @@ n_T are the numbers of their tokens in the longest sentence. study/README.md lis
 were made.
 """
 
-import argparse
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -37,9 +37,8 @@ METHODS = {  # method -> its defaults, which are the released code's where Appen
     "dskd": {"temperature": 0.07, "projection_lr_scale": 1.0},
     "emo": {"temperature": 0.05, "projection_lr_scale": 1.0, "warmup_ratio": 0.1},
 }
-# emo compares these in place of special tokens: far from any word, equal for both tokenizers
-FIRST_SPECIAL = "\0" * 20
-OTHER_SPECIAL = "\1" * 20
+# emo compares this in place of a special token: far from any word, equal for both tokenizers
+SPECIAL = "\1" * 20
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,10 @@ class Settings(baselines.Common):
     teacher_dtype: Literal[tuple(DTYPES)] = "float32"  # of the weights
     teacher_pooling: Literal["auto", "cls", "mean", "last"] = "auto"
     projection_std: float = 0.0  # of W's first values; 0: the method's own start
-    precision: str = field(default="float32", init=False)
+    precision: str = baselines.fixed("float32")
     # as for SimCSE alone: a corpus is enough, no cache is needed
-    lambda1: float = field(default=1.0, init=False)
-    lambda2: float = field(default=0.0, init=False)
+    lambda1: float = baselines.fixed(1.0)
+    lambda2: float = baselines.fixed(0.0)
 
 
 # ------------------------------------------------------------------ which tokens belong together
@@ -81,33 +80,30 @@ def warp(cost):
     D[i, j] = c[i, j] + min(D[i-1, j-1], D[i-1, j], D[i, j-1]). (n, m) -> a list of (i, j), from
     (0, 0) to (n-1, m-1). Of equally cheap steps back: the diagonal one, then the one in i.
     """
-    n, m = cost.shape
-    D = np.full((n + 1, m + 1), np.inf)  # with an edge before row and column 0
-    D[0, 0] = 0
-    for i, j in np.ndindex(n, m):
-        D[i + 1, j + 1] = cost[i, j] + min(D[i, j], D[i, j + 1], D[i + 1, j])
-    path = []
-    i, j = n, m
-    while i > 0:
-        path.append((i - 1, j - 1))
+    best = {(-1, -1): (0, [])}  # D and the path of each cell; before the first one
+    for i, j in np.ndindex(cost.shape):
         steps = [(i - 1, j - 1), (i - 1, j), (i, j - 1)]
-        i, j = steps[np.argmin([D[step] for step in steps])]
-    return path[::-1]
+        ways = [best[step] for step in steps if step in best]
+        D, path = min(ways, key=itemgetter(0))
+        best[i, j] = D + cost[i, j], path + [(i, j)]
+    return best[i, j][1]
 
 
 def words_of(encoder, sentence, with_special):
-    """{position: str} of a sentence's tokens, in lower case and without subword markers.
+    """A sentence's tokens in lower case, without subword markers: (their positions, list of str).
 
-    Special tokens are left out, or become FIRST_SPECIAL and OTHER_SPECIAL.
+    Special tokens are left out, or become SPECIAL.
     """
     encoding = encoder.tokenizer.encode(sentence)
-    words = {}
+    positions = []
+    words = []
     for i, token in enumerate(encoding.tokens):
-        if not encoding.special_tokens_mask[i]:
-            words[i] = token.removeprefix("##").strip("Ġ▁").lower()
-        elif with_special:
-            words[i] = OTHER_SPECIAL if i > 0 else FIRST_SPECIAL
-    return words
+        special = encoding.special_tokens_mask[i]
+        if with_special or not special:
+            positions.append(i)
+            word = token.removeprefix("##").strip("Ġ▁").lower()
+            words.append(SPECIAL if special else word)
+    return positions, words
 
 
 # ---------------------------------------------------------------------------- what a batch brings
@@ -127,7 +123,7 @@ def token_states(encoder, batch, attention_layers):
         states[name] = torch.zeros(*mask.shape, mask.shape[1], device=mask.device)
     order = lengths.argsort(stable=True)
     for rows in order.split(PIECE if mask.device.type == "cpu" else len(mask)):
-        n = int(lengths[rows].max())
+        n = lengths[rows].max()
         piece = {name: values[rows, :n] for name, values in batch.items()}
         output = encoder.model(
             **piece, output_hidden_states=True, output_attentions=bool(attention_layers)
@@ -139,34 +135,6 @@ def token_states(encoder, batch, attention_layers):
             states[name][rows, :n, :n] = output.attentions[layer].float().mean(1)
     states["sentence"] = pool(states["last"], mask, encoder.pooling)
     return states
-
-
-def token_importance(attention, mask):
-    """The softmax of the attention that each token receives: (N, n, n), (N, n) -> (N, n)."""
-    received = (attention * mask[:, :, None]).sum(1)  # none from padding
-    return received.masked_fill(mask == 0, -torch.inf).softmax(-1)
-
-
-def student_mass(importance, links, student_mask):
-    """The masses of the student's tokens in emo's transport, (N, n_S); a sentence's sum is 1.
-
-    A token gets the importance, (N, n_T), of the teacher token that is linked to it; without a link
-    it gets the least importance in the sentence. links: (N, n_S, n_T); student_mask: (N, n_S).
-    """
-    least = importance.masked_fill(importance == 0, torch.inf).amin(1, keepdim=True)  # 0: padding
-    linked = (links @ importance[:, :, None]).squeeze(-1)
-    mass = torch.where(links.any(-1), linked, least) * student_mask
-    return mass / mass.sum(1, keepdim=True)
-
-
-def most_important(pairs, importance):
-    """A third of a sentence's pairs, at least three: those with the most important teacher tokens.
-
-    pairs: a list of (student token, teacher token); importance: (n_T,). Returns positions, (r, 2).
-    """
-    pairs = torch.tensor(pairs, device=importance.device)
-    order = importance[pairs[:, 1]].argsort(descending=True, stable=True)
-    return pairs[order[: max(3, len(pairs) // 3)]]
 
 
 def nearest(cost):
@@ -201,8 +169,7 @@ class OnlineCorpus(Corpus):
     def identity(self):
         """A hash of the corpus, the student's and the teacher's configuration and its weights."""
         weights = self.teacher.model.state_dict().values()
-        teacher = self.teacher.identity()
-        return digest(super().identity(), teacher, self.teacher_tokens.ids, *weights)
+        return digest(super().identity(), self.teacher.identity(), *weights)
 
     def match(self, sentence):
         """(links, mutual): lists of positions (student token, teacher token) in a sentence.
@@ -210,15 +177,11 @@ class OnlineCorpus(Corpus):
         links: for cdm the warping path; for dskd every pair of words. For emo: see nearest.
         """
         with_special = self.method == "emo"
-        student_words = words_of(self.encoder, sentence, with_special)
-        teacher_words = words_of(self.teacher, sentence, with_special)
-        S = list(student_words)  # positions
-        T = list(teacher_words)
+        S, S_words = words_of(self.encoder, sentence, with_special)
+        T, T_words = words_of(self.teacher, sentence, with_special)
         if self.method == "dskd":
             return list(product(S, T)), []
-        S_words = np.array(list(student_words.values()), object)  # str would lose a final \0
-        T_words = np.array(list(teacher_words.values()), object)
-        cost = np.vectorize(edit_distance)(T_words[:, None], S_words)  # (n_T, n_S)
+        cost = np.vectorize(edit_distance)(np.array(T_words)[:, None], S_words)  # (n_T, n_S)
         if self.method == "cdm":
             return [(S[j], T[i]) for i, j in warp(cost)], []
         return nearest(cost)  # with special tokens, every token has its place in S and T
@@ -227,11 +190,10 @@ class OnlineCorpus(Corpus):
     def batch(self, rows):
         """Positions (N,) -> the student's tokens; a dict for the teacher; domains, (N,).
 
-        The dict has the teacher's token_states and links, (N, n_S, n_T): 1 where match has a link.
-        For emo also importance, (N, n_T); mass, (N, n_S); pairs: N of (r, 2), see most_important.
+        The dict has the teacher's token_states and what match found: links, (N, n_S, n_T), 1 where
+        there is one; mutual, N lists of pairs.
         """
         tokens, _, domains = super().batch(rows)
-        student_mask = tokens["attention_mask"]
         attention_layers = {}
         if self.method == "emo":  # the teacher has ⌊L_T / L_S⌋ layers for each student layer
             L_S = self.encoder.layers
@@ -239,23 +201,19 @@ class OnlineCorpus(Corpus):
             attention_layers = {"attention": top, "last_attention": -1}
         teacher_batch = pad(self.teacher_tokens, rows, self.teacher.model)
         teacher = token_states(self.teacher, teacher_batch, attention_layers)
-        links = torch.zeros(*student_mask.shape, teacher["mask"].shape[1])
+        links = torch.zeros(*tokens["attention_mask"].shape, teacher["mask"].shape[1])
+        teacher["mutual"] = []
         for i, row in enumerate(rows):
-            student_positions, teacher_positions = zip(*self.matches[row][0])
+            pairs, mutual = self.matches[row]
+            student_positions, teacher_positions = zip(*pairs)
             links[i, student_positions, teacher_positions] = 1
-        teacher["links"] = links.to(student_mask.device)
-        if self.method == "emo":
-            importance = token_importance(teacher["last_attention"], teacher["mask"])
-            teacher["importance"] = importance
-            teacher["mass"] = student_mass(importance, teacher["links"], student_mask)
-            teacher["pairs"] = []
-            for i, row in enumerate(rows):
-                teacher["pairs"].append(most_important(self.matches[row][1], importance[i]))
+            teacher["mutual"].append(mutual)
+        teacher["links"] = links.to(domains.device)
         return tokens, teacher, domains
 
 
 # ---------------------------------------------------------------------------------- the objectives
-def unit_mse(a, b, mean="elements"):
+def unit_mse(a, b, mean):
     """Mean square of two sets of unit vectors, (r, d): 2 (1 - cos) / d; over rows: 2 (1 - cos)."""
     squares = (F.normalize(a, dim=-1) - F.normalize(b, dim=-1)).square()
     return squares.mean() if mean == "elements" else squares.sum(-1).mean()
@@ -275,9 +233,8 @@ def cka_loss(X, Y):
     """
     X = X.double() - X.double().mean(0)
     Y = Y.double() - Y.double().mean(0)
-    length_X = (X.T @ X).norm().clamp(min=1e-12)
-    length_Y = (Y.T @ Y).norm().clamp(min=1e-12)
-    return 1 - (X.T @ Y).norm() / (length_X * length_Y).sqrt()
+    lengths = (X.T @ X).norm() * (Y.T @ Y).norm()
+    return 1 - (X.T @ Y).norm() / lengths.clamp(min=1e-24).sqrt()
 
 
 def sinkhorn(cost, a, b, epsilon, iterations):
@@ -324,14 +281,33 @@ def dskd_loss(projections, student, teacher, s):
 
 
 def emo_loss(projections, student, teacher):
-    """EMO: 0.05 x the sum of 1 - CKA of attention rows + half the mean cost of transport."""
+    """EMO: 0.05 x the sum of 1 - CKA of attention rows + half the mean cost of transport.
+
+    CKA compares the rows of a third of the mutual pairs, at least three: those with the most
+    important teacher tokens. The importance of a token is the softmax of the attention that it
+    receives, and its mass in the transport. A student token has the mass of the teacher token that
+    is linked to it, without a link the least one; the sum over a sentence is then made 1.
+    """
+    mask = teacher["mask"]  # (N, n_T)
+    received = (teacher["last_attention"] * mask[:, :, None]).sum(1)  # none from padding
+    importance = received.masked_fill(mask == 0, -torch.inf).softmax(-1)  # (N, n_T)
     relations = 0
-    for X, Y, pairs in zip(student["attention"], teacher["attention"], teacher["pairs"]):
-        if len(pairs) >= 3:  # CKA of fewer rows is constant
-            relations = relations + cka_loss(X[pairs[:, 0]], Y[pairs[:, 1]])
+    for i, mutual in enumerate(teacher["mutual"]):
+        if len(mutual) >= 3:  # CKA of fewer rows is constant
+            S, T = torch.tensor(mutual, device=mask.device).T
+            order = importance[i, T].argsort(descending=True, stable=True)
+            order = order[: max(3, len(order) // 3)]
+            X = student["attention"][i, S[order]]
+            Y = teacher["attention"][i, T[order]]
+            relations = relations + cka_loss(X, Y)
     teacher_states = teacher["last"] @ projections[0]  # (N, n_T, d_S)
-    cost = 1 - attention(student["last"], teacher_states, teacher["mask"])  # (N, n_S, n_T)
-    plan = sinkhorn(cost, teacher["mass"], teacher["importance"], epsilon=0.1, iterations=100)
+    cost = 1 - attention(student["last"], teacher_states, mask)  # (N, n_S, n_T)
+    links = teacher["links"]  # (N, n_S, n_T)
+    least = importance.masked_fill(mask == 0, torch.inf).amin(1, keepdim=True)
+    linked = (links * importance[:, None]).sum(-1)  # (N, n_S)
+    mass = torch.where(links.any(-1), linked, least) * student["mask"]
+    mass = mass / mass.sum(1, keepdim=True)
+    plan = sinkhorn(cost, mass, importance, epsilon=0.1, iterations=100)
     transport = (plan * cost).sum((1, 2)).mean()
     return (0.05 * relations + 0.5 * transport).float()
 
@@ -343,28 +319,23 @@ def new_projections(s, encoder, d_T):
     """
     d_S = encoder.dimensions
     d_A = min(d_S, d_T)  # of queries and keys
+    to_T = (d_S, d_T)
+    to_S = (d_T, d_S)
+    S_to_A = (d_S, d_A)
+    T_to_A = (d_T, d_A)
     shapes = {
-        "cdm": [(d_S, d_T)],
-        "emo": [(d_T, d_S)],
-        "dskd": [
-            (d_S, d_T),  # to_T
-            (d_T, d_S),  # to_S
-            (d_S, d_A),  # q_S
-            (d_T, d_A),  # k_T
-            (d_T, d_S),  # v_T
-            (d_T, d_A),  # q_T
-            (d_S, d_A),  # k_S
-            (d_S, d_T),  # v_S
-        ],
+        "cdm": [to_T],
+        "emo": [to_S],
+        "dskd": [to_T, to_S, S_to_A, T_to_A, to_S, T_to_A, S_to_A, to_T],
     }
     projections = []
     for n, m in shapes[s.method]:
         bound = (6 / (n + m)) ** 0.5 if s.method == "dskd" else n**-0.5
-        projections.append(torch.empty(n, m).uniform_(-bound, bound))
-    if s.projection_std:
-        for W in projections:
+        W = torch.empty(n, m).uniform_(-bound, bound)
+        if s.projection_std:
             W.normal_(std=s.projection_std)
-    return [W.to(encoder.model.device) for W in projections]
+        projections.append(W.to(encoder.model.device))
+    return projections
 
 
 class Online(talas.Objective):
@@ -394,18 +365,15 @@ class Online(talas.Objective):
 # ---------------------------------------------------------------------------------------- training
 def parse_settings(argv):
     """Settings from the command line, with the defaults of the method that it names."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--method", nargs="?", default=Settings.method)
-    args, _ = parser.parse_known_args(argv)
-    return talas.parse_settings(argv, Settings, **METHODS.get(args.method, {}))
+    method = talas.parse_settings(argv, Settings).method
+    return talas.parse_settings(argv, Settings, **METHODS[method])
 
 
 def prepare(s, cache):
     """(corpus, objective) for a cache's sentences, with the teacher on the student's device."""
     encoder = talas.load_student(s, cache["sentences"])
     dtype = DTYPES[s.teacher_dtype]
-    device = encoder.model.device
-    teacher = load_encoder(s.teacher, s.teacher_pooling, s.max_length, dtype, device)
+    teacher = load_encoder(s.teacher, s.teacher_pooling, s.max_length, dtype, encoder.model.device)
     cache["teacher"] = s.teacher
     if s.method == "emo":  # the fused kernels return no attention
         encoder.model.set_attn_implementation("eager")
@@ -414,11 +382,11 @@ def prepare(s, cache):
     return OnlineCorpus(cache, encoder, teacher, s), Online(encoder, projections, s)
 
 
-def run(s, keep_epochs=None):
-    """Train with the settings s; keep_epochs: as in talas.train."""
+def run(s):
+    """Train with the settings s."""
     cache = baselines.start(s, s.corpus)
     corpus, objective = prepare(s, cache)
-    baselines.train_and_save(s, cache, corpus, objective, keep_epochs)
+    baselines.train_and_save(s, cache, corpus, objective)
 
 
 def main(argv=None):

@@ -1,33 +1,21 @@
-"""Plots, by matplotlib==3.11.2: of results.json (report.py --plots), or of runs' own metrics.jsonl.
+"""Plots of results.json, by matplotlib==3.11.2: report.py --plots."""
 
-python study/plots.py student [another ...] --output run.png    # or .svg
-"""
-
-import argparse
 import statistics
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from study.results import AVERAGES, NAMES, START, STARTS, gains, runs
-from support import attempt, fail
-from support.run import read_metrics
+from study.results import START, STARTS, TASKS, gains, runs
+from support import attempt
 
 GREY = "#7d8590"  # of letters and lines: readable on white and on black
 COLOURS = {
     "T": "#4a90d9",
-    "STLA": "#d9603b",
     "STL": "#3a9d5d",
+    "STLA": "#d9603b",
     "distill": "#9a6dd7",
     "stella": "#e0b050",
     "distillcse": "#b8405e",
-    "distill-mse": "#4ab5b5",
     "teacher": GREY,
 }
-SHOWN = ("T", "STL", "STLA", "distill", "stella", "distillcse", "teacher")
 TERMS = {"simcse": "SimCSE", "tamd": "TAMD", "lasd": "LASD"}
-CURVES = TERMS | {"lr": "learning rate", "sharpness_gap": "L(w̃) − L(w)", "lambda_max": "λ_max"}
 
 
 def new_figure(titles):
@@ -39,7 +27,6 @@ def new_figure(titles):
     for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
         rcParams[name] = GREY
     rcParams["font.size"] = 11
-    rcParams["font.family"] = "sans-serif"
     rcParams["svg.fonttype"] = "none"
     rcParams["svg.hashsalt"] = "talas"  # the same picture is the same file
     figure = Figure(figsize=(5, 0.8 + 2.4 * len(titles)), layout="constrained")
@@ -59,27 +46,17 @@ def save(figure, axis, path):
         figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
-def draw_curves(path, panels):
-    """Curves over the steps, a panel for each title: {title: {label: {step: value}}}."""
-    figure, axes = new_figure(panels)
-    for axis, curves in zip(axes, panels.values()):
-        axis.set_xlabel("step")
-        for label, points in curves.items():
-            axis.plot(list(points), list(points.values()), label=label, color=COLOURS.get(label))
-    save(figure, max(axes, key=lambda axis: len(axis.lines)), path)
-
-
 def draw_terms(path, by_row):
     """The terms of Eq. 7 over the steps, of T and STL with the first seed."""
-    panels = {}
-    for term, title in TERMS.items():
+    figure, axes = new_figure(TERMS.values())
+    for axis, term in zip(axes, TERMS):
+        axis.set_xlabel("step")
         for row in ("T", "STL"):
-            history = by_row[row][0]["history"] if row in by_row else {}
-            values = history.get(term, [])
-            if any(values):  # a term that was not computed is absent, or zeros
-                panels.setdefault(title, {})[row] = dict(zip(history["step"], values))
-    if panels:
-        draw_curves(path, panels)
+            for entry in by_row[row][:1]:
+                history = entry["history"]
+                if any(history.get(term, [])):  # a term that was not computed is absent, or zeros
+                    axis.plot(history["step"], history[term], label=row, color=COLOURS[row])
+    save(figure, axes[1], path)  # TAMD: both rows have it
 
 
 def mean_gain(by_row, row, task):
@@ -91,12 +68,12 @@ def mean_gain(by_row, row, task):
 def draw_gains(path, by_row):
     """What each task gains over the untrained student, a mark for each row."""
     figure, (axis,) = new_figure(["gain over the untrained student"])
-    tasks = [task for task in NAMES if task not in AVERAGES]
-    for row in SHOWN:
-        if row in by_row:
-            heights = [mean_gain(by_row, row, task) for task in tasks]
-            axis.plot(heights, "o", color=COLOURS[row], label=row, alpha=0.8)
-    axis.set_xticks(range(len(tasks)), [NAMES[task] for task in tasks], rotation=40)
+    for row, colour in COLOURS.items():
+        if by_row[row]:
+            heights = [mean_gain(by_row, row, task) for task in TASKS]
+            axis.plot(heights, "o", color=colour, label=row, alpha=0.8)
+    titles = [task["title"] for task in TASKS.values()]
+    axis.set_xticks(range(len(TASKS)), titles, rotation=40)
     axis.grid(axis="x", color=GREY, lw=0.3)
     save(figure, axis, path)
 
@@ -114,34 +91,10 @@ def draw_starts(path, by_row):
 
 def draw_all(entries, folder):
     """Write what there are results for: PAIR-terms.svg, PAIR-scores.svg; B-start.svg."""
-    folder.mkdir(parents=True, exist_ok=True)
     for pair, by_row in runs(entries).items():
-        draw_terms(folder / f"{pair}-terms.svg", by_row)
-        if "before" in by_row:
+        if by_row["STL"]:
+            draw_terms(folder / f"{pair}-terms.svg", by_row)
+        if by_row["before"]:
             draw_gains(folder / f"{pair}-scores.svg", by_row)
         if pair == "B":
             draw_starts(folder / "B-start.svg", by_row)
-
-
-def main(argv=None):
-    """The command line: what runs left in metrics.jsonl, a panel a curve, a line a run."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = fail
-    parser.add_argument("runs", nargs="+", help="the folders that talas.py wrote")
-    parser.add_argument("--output", default="run.svg", help="a picture, .svg or .png")
-    args = parser.parse_args(argv)
-    panels = {}
-    for folder in args.runs:
-        lines = read_metrics(folder)
-        if not lines:
-            fail(f"{folder} has no metrics.jsonl")
-        for key, title in CURVES.items():
-            points = {line["step"]: line[key] for line in lines if line.get(key) is not None}
-            if points:
-                panels.setdefault(title, {})[folder] = points
-    draw_curves(args.output, panels)
-    print(f"{args.output}: {len(panels)} curves of {', '.join(args.runs)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,16 +7,14 @@ What needs the network is replaced: its tokenizer by the student's own, its eval
 the teacher, which it would load and drop, by the student. Sentences and targets are a cache's.
 """
 
-import statistics
 import sys
 import tempfile
-import unittest.mock
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest.mock import MagicMock, patch
 
 import torch
-import torch.nn.functional as F
 import transformers
 from transformers import AutoTokenizer
 
@@ -34,8 +32,9 @@ def distiller(folder, student, cache, work, **settings):
     sentences = f"{work}/sentences.csv"
     targets = f"{work}/targets.pt"
     pandas.DataFrame({"text": cache["sentences"]}).to_csv(sentences, index=False)
-    torch.save(F.normalize(cache["embeddings"].float(), dim=1), targets)  # as its own cache is
-    sys.modules["src.evaluation.evaluation_automodel"] = unittest.mock.MagicMock()
+    unit_vectors = torch.nn.functional.normalize(cache["embeddings"].float())
+    torch.save(unit_vectors, targets)  # as its own cache is
+    sys.modules["src.evaluation.evaluation_automodel"] = MagicMock()
     sys.path.insert(0, str(folder))
     warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, once a step
     with attempt(f"import the released code from {folder}", ImportError):
@@ -51,14 +50,14 @@ def distiller(folder, student, cache, work, **settings):
         **settings,
     )
     tokenizer = AutoTokenizer.from_pretrained(student)
-    with unittest.mock.patch.object(AutoTokenizer, "from_pretrained", return_value=tokenizer):
+    with patch.object(AutoTokenizer, "from_pretrained", return_value=tokenizer):
         return KnowledgeDistiller(config)
 
 
 def train(folder, s):
-    """Train with the released code by talas.Settings; leave what talas.py would leave.
+    """Train with the released code by talas.Settings; leave the student and a talas.json.
 
-    It can't resume, takes [CLS], and a GPU if there is one; its time leaves out the tokenizer.
+    It can't resume, takes [CLS], and a GPU if there is one.
     """
     cache = load_cache(s.teacher)
     with tempfile.TemporaryDirectory() as work:
@@ -83,12 +82,9 @@ def train(folder, s):
     code.train()
     encoder = load_encoder(s.student, "cls", s.max_length)
     save_encoder(Path(s.output), replace(encoder, model=code.model_student))
-    times = code.step_times  # without its first ten
     about = {
         "settings": asdict(s),
-        "teacher": cache["teacher"],
         "corpus": cache["fingerprint"],
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "cost": {"ms_per_step": 1000 * statistics.median(times)} if times else {},
     }
     write_json(Path(s.output, "talas.json"), about)

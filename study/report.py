@@ -1,7 +1,7 @@
 """Tables and plots of results.json; no figure in a table of the study is typed by hand.
 
-    python study/report.py                             # fills the tables in study/README.md
-    python study/report.py study/README.md README.md --plots study       # needs matplotlib
+    python study/report.py study/README.md README.md                # fills their tables
+    python study/report.py study/README.md --plots study            # needs matplotlib
 
 In a file, what is between <!-- table:NAME --> and <!-- end --> becomes that table: gains, methods,
 start, geometry; bench-student-cls-cpu, cost-student-cls-cpu; of a pair, such as B: main-B (rows of
@@ -9,17 +9,28 @@ the paper's Tables 1 and 2), summary-B, sharpness-B. Several seeds are shown as 
 deviation (of a sample, n - 1), what was not run as –.
 """
 
-import math
+import re
 import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from scipy.stats import t
+from scipy.stats import sem, t
 
 from study import plots, results
-from study.results import AVERAGES, BENCH, CLAIMS, NAMES, ROWS, START, TABLE3, gains, scores
+from study.results import (
+    AVERAGES,
+    BENCH,
+    CLAIMS,
+    METHODS,
+    ROWS,
+    START,
+    TABLE3,
+    TASKS,
+    gains,
+    scores,
+)
 from support.files import read_json
 
 EPOCHS = ["1", "2", "3", "4", "5"]
@@ -45,8 +56,7 @@ def mean_interval(values):
     mean = statistics.fmean(values)
     if len(values) == 1:
         return f"{mean:+.2f}"
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    half = t.ppf(0.975, len(values) - 1) * error
+    half = t.ppf(0.975, len(values) - 1) * sem(values)
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
 
 
@@ -54,35 +64,34 @@ def tasks_up(runs, row, without):
     """On how many tasks the mean gain is positive, such as 6/9; – if there is no gain."""
     if not gains(runs, row, without):
         return "–"
-    tasks = runs[row][0]["scores"].keys() - AVERAGES
-    up = [task for task in tasks if statistics.fmean(gains(runs, row, without, task)) > 0]
-    return f"{len(up)}/{len(tasks)}"
+    up = [task for task in TASKS if statistics.fmean(gains(runs, row, without, task)) > 0]
+    return f"{len(up)}/{len(TASKS)}"
 
 
 # ---------------------------------------------------------- tables: lists of rows, a header first
 def score_table(runs, rows, tasks, label):
     """Scores of rows: the mean over the seeds; for averages the standard deviation, too."""
-    table = [[""] + [NAMES[task] for task in tasks]]
+    table = [[""] + [task["title"] for task in tasks.values()]]
     for row in rows:
-        if row not in runs:
-            continue
-        cells = [ROWS[row][label]]
-        for task in tasks:
-            values = list(scores(runs[row], task).values())
-            if task not in AVERAGES:
-                values = [statistics.fmean(values)]
-            cells.append(mean_sd(values))
-        table.append(cells)
+        if runs[row]:
+            cells = [ROWS[row][label]]
+            for task in tasks:
+                values = scores(runs[row], task)
+                if task in TASKS:
+                    values = [statistics.fmean(values)]
+                cells.append(mean_sd(values))
+            table.append(cells)
     return table
 
 
-def gain_table(by_pair, claims, columns):
-    """Gains in Avg on each pair; before them columns of claims.csv, {name: title}."""
-    header = ["gain in Avg"] + list(columns.values())
+def gain_table(by_pair, claims):
+    """Gains in Avg on each pair; before them what others measured."""
+    columns = list(next(iter(claims.values())))[3:]
+    header = ["gain in Avg"] + columns
     for pair in by_pair:
         header += [f"pair {pair}", "tasks up"]
     table = [header]
-    for claim in claims:
+    for title, claim in claims.items():
         row = claim["row"]
         without = claim["without"]
         measured = []
@@ -90,8 +99,8 @@ def gain_table(by_pair, claims, columns):
             measured.append(mean_interval(gains(runs, row, without)))
             measured.append(tasks_up(runs, row, without))
         if set(measured) != {"–"}:
-            title = f"{claim['claim']}: {row} − {without}"
-            table.append([title] + [claim[column] for column in columns] + measured)
+            cells = [f"{title}: {row} − {without}"]
+            table.append(cells + [claim[column] for column in columns] + measured)
     return table
 
 
@@ -100,25 +109,29 @@ def start_table(runs):
     columns = list(START["distill"])[1:]
     table = [["Avg"] + columns]
     for method, row_of in START.items():
-        entries = [runs.get(row_of[column], []) for column in columns]
-        table.append([method] + [mean_sd(list(scores(cell).values())) for cell in entries])
+        cells = [method]
+        for column in columns:
+            entries = runs[row_of[column]]
+            cells.append(mean_sd(scores(entries)))
+        table.append(cells)
     return table
 
 
 def sharpness_table(runs):
-    """The paper's Table 4: λ_max after each epoch."""
+    """The paper's Table 4: λ_max after each epoch, a line for each run."""
     table = [["after epoch"] + EPOCHS]
-    for row, entries in runs.items():
-        curves = [entry["lambda_max"] for entry in entries if entry.get("lambda_max")]
-        if curves:
-            cells = [[curve[epoch] for curve in curves if epoch in curve] for epoch in EPOCHS]
-            table.append([row] + [mean_sd(values) for values in cells])
+    for row in ROWS:
+        for entry in runs[row]:
+            curve = entry.get("lambda_max")
+            if curve:
+                cells = [f"{curve[epoch]:.2f}" if epoch in curve else "–" for epoch in EPOCHS]
+                table.append([row] + cells)
     return table
 
 
-def rounded(value, form, missing=""):
-    """A number in that format, or what is shown where there is none."""
-    return missing if value is None else format(value, form)
+def rounded(value, form):
+    """A number in that format, or nothing where there is none."""
+    return "" if value is None else format(value, form)
 
 
 def geometry_table(entries):
@@ -143,16 +156,15 @@ def bench_table(entry):
 
 def cost_table(entry):
     """The paper's Table 3: a step's ms, its ratio to TALAS's two, the peak of memory in MB."""
-    header = [f"measured {entry['date']}", "ms"]
-    header += ["/ TALAS without ASAM", "paper", "/ TALAS", "paper", "teacher", "student", "rest"]
-    table = [header]
+    ratios = ["/ TALAS without ASAM", "paper", "/ TALAS", "paper"]
+    table = [[f"measured {entry['date']}", "ms"] + ratios + ["teacher", "student", "rest"]]
     for name, side in entry["table3"].items():
         cells = [TABLE3[name]["label"], f"{side['ms']:.0f}"]
         paper_ms = TABLE3[name]["paper ms"]  # the paper does not have them all
         for other in ("adamw", "talas"):
-            cells.append(rounded(side.get("ratio", {}).get(other), ".2f", missing="–"))
-            ratio = int(paper_ms) / int(TABLE3[other]["paper ms"]) if paper_ms else None
-            cells.append(rounded(ratio, ".2f"))
+            cells.append(f"{side['ratio'][other]:.2f}")
+            paper_ratio = int(paper_ms) / int(TABLE3[other]["paper ms"]) if paper_ms else None
+            cells.append(rounded(paper_ratio, ".2f"))
         for part in ("teacher", "student", "rest"):
             cells.append(rounded(side.get(part), ".0f"))
         table.append(cells)
@@ -162,25 +174,22 @@ def cost_table(entry):
 def tables(entries):
     """{name: table} of all that there are results for."""
     by_pair = results.runs(entries)
-    methods = [claim for claim in CLAIMS.values() if claim["claim"].startswith("TALAS over")]
-    parts = [claim for claim in CLAIMS.values() if claim not in methods]
-    columns = {"paper": "the paper's pairs"}
     made = {
-        "gains": gain_table(by_pair, parts, columns),
-        "methods": gain_table(by_pair, methods, columns | {"others": "the same, by others"}),
-        "start": start_table(by_pair.get("B", {})),
-        "geometry": geometry_table(e for key, e in entries.items() if key.startswith("geometry/")),
+        "gains": gain_table(by_pair, CLAIMS),
+        "methods": gain_table(by_pair, METHODS),
+        "geometry": geometry_table(entry for entry in entries.values() if "layers" in entry),
     }
     for pair, runs in by_pair.items():
-        tasks = list(next(iter(runs.values()))[0]["scores"])
-        made[f"main-{pair}"] = score_table(runs, MAIN, tasks, "row")
+        made[f"main-{pair}"] = score_table(runs, MAIN, TASKS | AVERAGES, "row")
         made[f"summary-{pair}"] = score_table(runs, SUMMARY, AVERAGES, "in words")
         made[f"sharpness-{pair}"] = sharpness_table(runs)
+        if pair == "B":
+            made["start"] = start_table(runs)
     for key, entry in entries.items():
-        if key.startswith("bench/"):
-            name = key.removeprefix("bench/").replace("/", "-")
-            made[f"bench-{name}"] = bench_table(entry)
-            made[f"cost-{name}"] = cost_table(entry)
+        if "table3" in entry:
+            name = key.replace("/", "-")  # such as bench-student-cls-cpu
+            made[name] = bench_table(entry)
+            made[name.replace("bench", "cost")] = cost_table(entry)
     return made
 
 
@@ -194,19 +203,14 @@ def markdown(table):
 
 def fill(text, made):
     """A text with the table of that name between each pair of marks."""
-    parts = text.split("<!-- table:")
-    filled = parts[0]
-    for part in parts[1:]:
-        name, content = part.split(" -->", 1)
-        _, after = content.split("<!-- end -->")  # ValueError if a table is left open
-        filled += f"<!-- table:{name} -->\n{markdown(made[name])}\n<!-- end -->{after}"
-    return filled
+    marks = re.compile("(<!-- table:(.*?) -->).*?(<!-- end -->)", re.DOTALL)
+    return marks.sub(lambda mark: f"{mark[1]}\n{markdown(made[mark[2]])}\n{mark[3]}", text)
 
 
 def main(argv=None):
     """The command line."""
     parser = results.command_line(__doc__)
-    parser.add_argument("files", nargs="*", type=Path, default=[results.HERE / "README.md"])
+    parser.add_argument("files", nargs="+", type=Path, help="texts with marks for tables")
     parser.add_argument("--plots", type=Path, help="write the plots to this folder")
     args = parser.parse_args(argv)
     entries = read_json(Path(args.results), needed=True)

@@ -1,17 +1,15 @@
 """results.json, with an entry for each run; and the tables that name what can be run and shown.
 
-pairs.csv: teachers and students; rows.csv: what a run can be; claims.csv: which row is compared
-with which; bench.csv and table3.csv: the benchmark; start.csv: the table of how W starts.
+pairs.csv: teachers and students; rows.csv: what a run can be; claims.csv and methods.csv: which row
+is compared with which; tasks.csv and averages.csv: titles of the scores; bench.csv and table3.csv:
+the benchmark; start.csv: the table of how W starts.
 """
 
 import argparse
 import json
-import platform
-from itertools import product
-from operator import itemgetter
+from collections import defaultdict
 from pathlib import Path
 
-import torch
 from filelock import FileLock
 
 from support import fail
@@ -30,27 +28,15 @@ def read_rows(name):
 PAIRS = read_rows("pairs")
 ROWS = read_rows("rows")
 CLAIMS = read_rows("claims")
+METHODS = read_rows("methods")
+TASKS = read_rows("tasks")
+AVERAGES = read_rows("averages")
 BENCH = read_rows("bench")
 TABLE3 = read_rows("table3")
 START = read_rows("start")
 STARTS = list(START["distill"])[2:]  # columns, after the method and the untrained student
 UNTRAINED = ("teacher", "before")  # rows that need no training
-AVERAGES = ("avg_in", "avg_out", "avg")
-NAMES = {
-    "banking77": "Banking77",
-    "tweet": "Tweet",
-    "emotion": "Emotion",
-    "mrpc": "MRPC",
-    "scitail": "SciTail",
-    "wic": "WiC",
-    "sick": "SICK",
-    "sts12": "STS12",
-    "stsb": "STS-B",
-    "avg_in": "Avg-In",
-    "avg_out": "Avg-Out",
-    "avg": "Avg",
-}
-HISTORY = ("step", "simcse", "tamd", "lasd", "distillation", "sharpness_gap")  # kept of metrics
+HISTORY = ("step", "simcse", "tamd", "lasd")  # kept of metrics.jsonl
 NOT_COMPARED = ("output", "overwrite", "resume", "device", "sharpness")  # these change no student
 
 
@@ -76,62 +62,49 @@ def portable(settings):
     """The settings that make a student what it is, with names in the place of paths."""
     kept = {}
     for name, value in settings.items():
-        if name in NOT_COMPARED:
-            continue
-        if isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists()):
-            value = Path(value).name
-        kept[name] = value
+        if name not in NOT_COMPARED:
+            kept[name] = Path(value).name if isinstance(value, str) else value
     return kept
 
 
-def machine():
-    """What times were measured on: the accelerator's name, or the kind of processor."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
-
-
 def describe(folder):
-    """What a training left in its folder beside the weights: settings, versions, cost, curves."""
+    """What a training left in its folder beside the weights: settings, versions, curves."""
     about = read_json(folder / "talas.json", needed=True)
-    about["settings"] = portable(about["settings"])
-    about["teacher"] = Path(about["teacher"] or "").name
-    about["machine"] = machine()
-    about["cost"] = {"ms_per_step": about["cost"].get("ms_per_step")}  # memory is of all runs
     lines = read_metrics(folder)
     steps = [line for line in lines if "loss" in line and line["step"] % 50 == 0]
-    about["history"] = {}
+    history = {}
     for name in HISTORY:
-        if all(name in line for line in steps):
-            about["history"][name] = [round(line[name], 6) for line in steps]
-    about["lambda_max"] = {}
-    for line in lines:
-        if "lambda_max" in line:
-            about["lambda_max"][str(line["end_of_epoch"])] = line["lambda_max"]
-    return about
+        history[name] = [round(line[name], 6) for line in steps if name in line]
+    epochs = [line for line in lines if "lambda_max" in line]
+    return {
+        "settings": portable(about["settings"]),
+        "corpus": about["corpus"],
+        "versions": about["versions"],
+        "history": history,
+        "lambda_max": {str(line["end_of_epoch"]): line["lambda_max"] for line in epochs},
+    }
 
 
 def runs(entries):
-    """{pair: {row: entries of its runs, by seed}}, in the order of pairs.csv and rows.csv."""
-    trained = [entry for entry in entries.values() if "pair" in entry]
-    grouped = {}
-    for pair, row in product(PAIRS, ROWS):
-        same = [entry for entry in trained if entry["pair"] == pair and entry["row"] == row]
-        if same:
-            grouped.setdefault(pair, {})[row] = sorted(same, key=itemgetter("seed"))
-    return grouped
+    """{pair: {row: its entries, one for each seed}}; a row that was not run has []."""
+    by_pair = {}
+    for entry in entries.values():
+        if "pair" in entry:
+            by_row = by_pair.setdefault(entry["pair"], defaultdict(list))
+            by_row[entry["row"]].append(entry)
+    return by_pair
 
 
 def scores(entries, task="avg"):
-    """{seed: score} of a task or an average; an average over no task is left out."""
-    scored = [entry for entry in entries if entry["scores"][task] is not None]
-    return {entry["seed"]: entry["scores"][task] for entry in scored}
+    """The scores of some entries on a task, or an average."""
+    return [entry["scores"][task] for entry in entries]
 
 
 def gains(by_row, row, without, task="avg"):
     """What a row scores above another: a number for each seed that both have."""
-    with_it = scores(by_row.get(row, []), task)
-    baseline = scores(by_row.get(without, []), task)
-    if without in UNTRAINED and without in by_row:  # its one score is compared with each seed
-        baseline = dict.fromkeys(with_it, by_row[without][0]["scores"][task])
-    return [with_it[seed] - baseline[seed] for seed in with_it if seed in baseline]
+    differences = []
+    for entry in by_row[row]:
+        for other in by_row[without]:
+            if without in UNTRAINED or entry["seed"] == other["seed"]:
+                differences.append(entry["scores"][task] - other["scores"][task])
+    return differences

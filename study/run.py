@@ -57,39 +57,20 @@ def is_online(row):
 
 def settings_of(row, flags):
     """The settings of a row with these flags, a list of str; the row's own flags win."""
-    row_flags = ROWS[row]["flags"].split()
-    argv = flags + row_flags
+    argv = flags + ROWS[row]["flags"].split()
     if is_online(row):
         return online.parse_settings(argv)
-    if "--method" in row_flags:
+    if "--method" in argv:
         return talas.parse_settings(argv, baselines.Settings)
-    if "--projection_std" in row_flags:
+    if "--projection_std" in argv:
         return talas.parse_settings(argv, baselines.WithStart)
     return talas.parse_settings(argv)
-
-
-def objective_of(row):
-    """The class of a row's objective; online.py has its own."""
-    if row == "STLA-released":
-        return Released
-    if "--method" in ROWS[row]["flags"]:
-        return baselines.Baseline
-    return talas.Objective
 
 
 # ----------------------------------------------------------------------------------------- a run
 def model_path(args, name):
     """A model's Hub id, or its folder in --models."""
     return name if "/" in name else f"{args.models}/{name}"
-
-
-def make_cache(args, pair, path):
-    """Make the cache of a pair's teacher. If it is there with other content, the program ends."""
-    teacher = model_path(args, PAIRS[pair]["teacher"])
-    if args.embeddings and "/" not in PAIRS[pair]["teacher"]:
-        teacher = args.embeddings
-    flags = ["--teacher", teacher, "--corpus", args.corpus, "--output", path]
-    cache_teacher.main([*flags, "--dtype", PAIRS[pair]["dtype"]])
 
 
 def settings_of_run(args, pair, row, seed):
@@ -108,52 +89,48 @@ def settings_of_run(args, pair, row, seed):
     return settings_of(row, flags)
 
 
-def check_same(place, recorded, entry):
-    """End the program if what is recorded in some place is not the run of this entry."""
-    for name in ("data", "corpus", "settings"):
-        if recorded.get(name) != entry.get(name):
-            fail(f"{place} has another {name}; choose another --results and --work")
-
-
-def train(args, s, entry):
-    """Train the student of an entry, unless its folder has it; an interrupted training resumes."""
+def train(args, pair, row, s):
+    """Train the student of a row, unless its folder has it; an interrupted training resumes."""
     out = Path(s.output)
-    row = entry["row"]
     resume = interrupted(out)
     if not resume and (out / "talas.json").exists():
-        check_same(out, describe(out) | {"data": entry["data"]}, entry)
         return
     s = replace(s, resume=resume, overwrite=not resume)
-    keep_epochs = out / "epochs" if args.each_epoch else None
+    if is_online(row):
+        online.run(s)
+        return
+    teacher = PAIRS[pair]["teacher"]
+    flags = [
+        f"--teacher={teacher if '/' in teacher else args.embeddings}",
+        f"--corpus={args.corpus}",
+        f"--output={s.teacher}",
+        f"--dtype={PAIRS[pair]['dtype']}",
+    ]
+    cache_teacher.main(flags)  # if the cache is there with other content, the program ends
     if row == "released-code":
         released.train(args.released, s)
-    elif is_online(row):
-        online.run(s, keep_epochs)
     else:
-        baselines.run(s, objective_of(row), keep_epochs)
+        baselines.run(s, Released if row == "STLA-released" else talas.Objective)
 
 
 def run(args, pair, row, seed):
     """One run, from the teacher to its entry in the results file, unless the entry is there."""
     key = f"{pair}/{row}"
-    entry = {"pair": pair, "row": row, "seed": seed, "data": Path(args.data).name, "settings": None}
     model = model_path(args, PAIRS[pair]["teacher" if row == "teacher" else "student"])
     if row not in UNTRAINED:
         key += f"/{seed}"
         s = settings_of_run(args, pair, row, seed)
         model = s.output
-        sentences = s.corpus if is_online(row) else s.teacher
-        if not is_online(row):
-            make_cache(args, pair, s.teacher)
-        entry["corpus"] = cache_teacher.load_cache(sentences, needed=False)["fingerprint"]
-        entry["settings"] = portable(asdict(s))
     recorded = read_json(Path(args.results)).get(key)
-    if recorded:
-        check_same(f"{args.results}, {key},", recorded, entry)
-        return
+    entry = recorded or {"pair": pair, "row": row, "seed": seed, "data": Path(args.data).name}
     if row not in UNTRAINED:
-        train(args, s, entry)
-        entry |= describe(Path(model))
+        if not recorded:
+            train(args, pair, row, s)
+            entry |= describe(Path(model))
+        if entry["settings"] != portable(asdict(s)):
+            fail(f"{key} was trained with other settings; choose another --results and --work")
+    if recorded:
+        return
     scores = Path(args.work, f"{pair}-{row}-{seed}.json")
     evaluation.main([model, "--data", args.data, "--json", str(scores)])
     entry["scores"] = read_json(scores)[model]
@@ -164,24 +141,20 @@ def main(argv=None):
     """The command line: one run after another, those of the first seed first."""
     parser = command_line(__doc__)
     flag = parser.add_argument
-    flag("--pairs", nargs="+", default=list(PAIRS)[:3], choices=PAIRS)
-    flag("--rows", nargs="+", default=["STLA"], choices=["all", *ROWS])
+    flag("--pairs", nargs="+", required=True, choices=PAIRS)
+    flag("--rows", nargs="+", required=True, choices=["all", *ROWS])
     flag("--seeds", nargs="+", type=int, default=[42], help="a run each")
     flag("--models", default="real", help="folder of the models of A and B")
-    flag("--embeddings", help="array of the embeddings of A's and B's teacher")
+    flag("--embeddings", default="mpnet.npy", help="array of those of A's and B's teacher")
     flag("--corpus", default="paper", help="as for cache_teacher.py")
     flag("--data", default="hub", help="as for eval.py")
     flag("--sharpness", action="store_true", help="record lambda_max after each epoch")
-    flag("--each_epoch", action="store_true", help="keep the student of each epoch")
     flag("--released", help="a clone of the released code, for the row released-code")
     flag("--work", default=f"{HERE}/runs", help="folder for caches and students")
     args = parser.parse_args(argv)
-    rows = set(args.rows)
-    if "all" in rows:
-        rows |= ROWS.keys() - BY_NAME
     Path(args.work).mkdir(parents=True, exist_ok=True)
     for seed, pair, row in product(args.seeds, args.pairs, ROWS):
-        if row in rows:
+        if row in args.rows or ("all" in args.rows and row not in BY_NAME):
             print(f"--- {pair}, {row}, seed {seed}", flush=True)
             run(args, pair, row, seed)
 

@@ -122,15 +122,14 @@ def test_distillcse_distils_the_first_of_two_views(here):
     assert_close(loss, terms["simcse"] + terms["distillation"])
 
 
-@pytest.mark.parametrize(
-    "training, group_p, losses", [(True, 0.5, 5), (True, 0, 1), (False, 0.5, 1)]
-)
-def test_distillcse_shuffles_in_training(here, training, group_p, losses):
-    objective, tokens, teacher = prepare(f"--method distillcse --group_p {group_p}")
+def test_distillcse_shuffles_in_training(here):
+    objective, tokens, teacher = prepare("--method distillcse --group_p 0.5")
     for module in objective.modules():
         module.p = 0.0  # no dropout
-    objective.train(training)
-    assert len({objective(tokens, teacher)[0].item() for _ in range(5)}) == losses
+    objective.train()
+    assert len({objective(tokens, teacher)[0].item() for _ in range(5)}) == 5
+    objective.eval()
+    assert len({objective(tokens, teacher)[0].item() for _ in range(5)}) == 1
 
 
 def huber(difference):
@@ -167,8 +166,8 @@ def test_rkd_has_a_gradient_where_two_sentences_are_the_same():
 def test_projection_std(here):
     s = baselines.WithStart(student="bert", device="cpu", projection_std=0.5)
     _, objective = baselines.prepare(s, torch.load("teacher.pt"), talas.Objective)
-    deviations = [W.std().item() for W in objective.projections]
-    assert deviations == pytest.approx([0.5, 0.5], rel=0.15)
+    for W in objective.projections:
+        assert W.std().item() == pytest.approx(0.5, rel=0.15)
 
 
 # -------------------------------------------------------------------------------------- whole runs
@@ -186,7 +185,7 @@ def test_stella_trains_w_alone_then_both_and_resumes_to_the_bit(flags, monkeypat
     def watch(number, objective):
         layer = objective.model.encoder.layer[0]
         queries.append(layer.attention.self.query.weight.tolist())
-        projections.append(objective.projections[0].detach().clone())
+        projections.append(objective.projections[0].tolist())
         if number == 3 + 5:  # in the second epoch of the second stage
             raise KeyboardInterrupt
 
@@ -196,7 +195,7 @@ def test_stella_trains_w_alone_then_both_and_resumes_to_the_bit(flags, monkeypat
         baselines.main(flags)
     assert queries[3] == queries[0]  # the first stage has three steps
     assert queries[4] != queries[3]
-    assert projections[3].std() > 3 * projections[0].std()
+    assert projections[3] != projections[0]
     baselines.main([*flags, "--resume"])
     resumed = saved_weights("out")
     baselines.main([*flags, "--overwrite"])
@@ -204,6 +203,6 @@ def test_stella_trains_w_alone_then_both_and_resumes_to_the_bit(flags, monkeypat
     assert metrics("out")[0][-1]["step"] == 6
 
 
-@pytest.mark.parametrize("flag, value", [("--method", "emo"), ("--teacher_temperature", "0")])
-def test_a_mistake_is_one_line(flags, flag, value, ends_with_one_line):
-    ends_with_one_line(lambda: baselines.main([*flags, "distill", flag, value]), flag)
+def test_a_mistake_is_one_line(flags, ends_with_one_line):
+    flags = [*flags, "distillcse", "--teacher_temperature", "0"]
+    ends_with_one_line(lambda: baselines.main(flags), "--teacher_temperature")
