@@ -89,16 +89,13 @@ def settings_of_run(args, pair, row, seed):
     return settings_of(row, flags)
 
 
-def train(args, pair, row, s):
-    """Train the student of a row, unless its folder has it; an interrupted training resumes."""
-    out = Path(s.output)
-    resume = interrupted(out)
-    if not resume and (out / "talas.json").exists():
-        return
-    s = replace(s, resume=resume, overwrite=not resume)
+def fingerprint_of_corpus(args, pair, row, s):
+    """A hash of the sentences to train on; it makes the cache of the pair's teacher first.
+
+    If the cache is there with other content, the program ends.
+    """
     if is_online(row):
-        online.run(s)
-        return
+        return cache_teacher.load_cache(s.corpus, needed=False)["fingerprint"]
     teacher = PAIRS[pair]["teacher"]
     flags = [
         f"--teacher={teacher if '/' in teacher else args.embeddings}",
@@ -106,9 +103,28 @@ def train(args, pair, row, s):
         f"--output={s.teacher}",
         f"--dtype={PAIRS[pair]['dtype']}",
     ]
-    cache_teacher.main(flags)  # if the cache is there with other content, the program ends
+    cache_teacher.main(flags)
+    return cache_teacher.load_cache(s.teacher)["fingerprint"]
+
+
+def check_same(place, found, entry):
+    """End the program if what is there already is not the run of this entry."""
+    for name in ("data", "corpus", "settings"):
+        if name in found and found[name] != entry[name]:
+            fail(f"{place} differs in its {name}; choose another --results and --work")
+
+
+def train(args, row, s):
+    """Train the student of a row, unless its folder has it; an interrupted training resumes."""
+    out = Path(s.output)
+    resume = interrupted(out)
+    if not resume and (out / "talas.json").exists():
+        return
+    s = replace(s, resume=resume, overwrite=not resume)
     if row == "released-code":
         released.train(args.released, s)
+    elif is_online(row):
+        online.run(s)
     else:
         baselines.run(s, Released if row == "STLA-released" else talas.Objective)
 
@@ -116,21 +132,23 @@ def train(args, pair, row, s):
 def run(args, pair, row, seed):
     """One run, from the teacher to its entry in the results file, unless the entry is there."""
     key = f"{pair}/{row}"
+    entry = {"pair": pair, "row": row, "seed": seed, "data": Path(args.data).name}
     model = model_path(args, PAIRS[pair]["teacher" if row == "teacher" else "student"])
     if row not in UNTRAINED:
         key += f"/{seed}"
         s = settings_of_run(args, pair, row, seed)
         model = s.output
+        entry["settings"] = portable(asdict(s))
+        entry["corpus"] = fingerprint_of_corpus(args, pair, row, s)
     recorded = read_json(Path(args.results)).get(key)
-    entry = recorded or {"pair": pair, "row": row, "seed": seed, "data": Path(args.data).name}
-    if row not in UNTRAINED:
-        if not recorded:
-            train(args, pair, row, s)
-            entry |= describe(Path(model))
-        if entry["settings"] != portable(asdict(s)):
-            fail(f"{key} was trained with other settings; choose another --results and --work")
     if recorded:
+        check_same(f"{args.results}, {key}", recorded, entry)
         return
+    if row not in UNTRAINED:
+        train(args, row, s)
+        about = describe(Path(model))
+        check_same(model, about, entry)
+        entry |= about
     scores = Path(args.work, f"{pair}-{row}-{seed}.json")
     evaluation.main([model, "--data", args.data, "--json", str(scores)])
     entry["scores"] = read_json(scores)[model]

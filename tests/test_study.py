@@ -57,13 +57,17 @@ def test_all_rows_but_those_that_need_more(pair_b, monkeypatch):
     assert sorted([*started, "teacher", "released-code"]) == sorted(ROWS)
 
 
-def test_a_run_with_other_settings_is_refused(pair_b, tmp_path, ends_with_one_line):
+def test_another_run_of_the_same_name_is_refused(pair_b, tmp_path, ends_with_one_line):
     flags = [*pair_b, "--rows", "T"]
     run.main(flags)
     ROWS["T"]["flags"] += " --lr 0.02"
-    ends_with_one_line(lambda: run.main(flags), "B/T/42", "other settings")
-    (tmp_path / "results.json").unlink()  # the student is there
-    ends_with_one_line(lambda: run.main(flags), "B/T/42", "other settings")
+    ends_with_one_line(lambda: run.main(flags), "results.json, B/T/42", "settings")
+    sentences = ["A sentence of the other corpus.", *SENTENCES[1:]]
+    write_files(tmp_path, {"other.jsonl": [{"text": text} for text in sentences]})
+    flags.append(f"--corpus={tmp_path}/other.jsonl")
+    (tmp_path / "runs/mpnet.pt").unlink()
+    (tmp_path / "results.json").unlink()
+    ends_with_one_line(lambda: run.main(flags), "runs/B-T-42", "corpus")
 
 
 def test_an_interrupted_run_resumes(pair_b, tmp_path, monkeypatch):
