@@ -363,13 +363,12 @@ def hessian_vector_product(losses, parameters, v):
 
     losses: a list of functions without arguments, each a twice differentiable scalar.
     """
-    v_parts = v.split([p.numel() for p in parameters])
     total = torch.zeros_like(v)
     for loss in losses:  # one graph at a time: that of a second derivative is large
         gradient = torch.autograd.grad(
             loss(), parameters, create_graph=True, materialize_grads=True
         )
-        slope = sum((g * part.view_as(g)).sum() for g, part in zip(gradient, v_parts))  # ∇L · v
+        slope = torch.cat([g.flatten() for g in gradient]) @ v  # ∇L · v
         if slope.requires_grad:  # the gradient of a linear loss is constant: its H is 0
             Hv = torch.autograd.grad(slope, parameters, materialize_grads=True)
             total += parameters_to_vector(Hv) / len(losses)

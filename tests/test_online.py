@@ -1,8 +1,6 @@
 """The methods with an online teacher: tables worked by hand, each loss in loops, whole runs."""
 
-import json
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +8,9 @@ import pytest
 import torch
 from helpers import (
     SENTENCES,
-    before_each_step,
     in_two_processes,
     metrics,
     random_rows,
-    saved_weights,
     small_bert,
     tokenize_alone,
 )
@@ -275,24 +271,6 @@ def flags(models, corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = f"--student {models}/student --teacher {models}/teacher --corpus {corpus}"
     return f"{flags} --output out --device cpu --epochs 2 --batch_size 24".split()
-
-
-def test_an_interrupted_run_resumes_to_the_bit(flags, monkeypatch):
-    flags += ["--method", "emo", "--optimizer", "asam"]
-    online.main(flags)
-
-    def stop(number, objective):
-        if number == 3:  # in the second epoch
-            raise KeyboardInterrupt
-
-    again = [*flags, "--output", "again"]
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        before_each_step(stop, patch)
-        online.main(again)
-    online.main([*again, "--resume"])
-    assert saved_weights("again") == saved_weights("out")
-    record = json.loads(Path("again/talas.json").read_text())
-    assert record["teacher"] == record["settings"]["teacher"]
 
 
 def test_two_processes_share_the_batches(flags):
