@@ -89,22 +89,13 @@ def settings_of_run(args, pair, row, seed):
     return settings_of(row, flags)
 
 
-def fingerprint_of_corpus(args, pair, row, s):
-    """A hash of the sentences to train on; it makes the cache of the pair's teacher first.
-
-    If the cache is there with other content, the program ends.
-    """
-    if is_online(row):
-        return cache_teacher.load_cache(s.corpus, needed=False)["fingerprint"]
+def make_cache(args, pair, path):
+    """Make the cache of a pair's teacher. If it is there with other content, the program ends."""
     teacher = PAIRS[pair]["teacher"]
-    flags = [
-        f"--teacher={teacher if '/' in teacher else args.embeddings}",
-        f"--corpus={args.corpus}",
-        f"--output={s.teacher}",
-        f"--dtype={PAIRS[pair]['dtype']}",
-    ]
-    cache_teacher.main(flags)
-    return cache_teacher.load_cache(s.teacher)["fingerprint"]
+    if "/" not in teacher:
+        teacher = args.embeddings
+    flags = ["--teacher", teacher, "--corpus", args.corpus, "--output", path]
+    cache_teacher.main([*flags, "--dtype", PAIRS[pair]["dtype"]])
 
 
 def check_same(place, found, entry):
@@ -139,7 +130,10 @@ def run(args, pair, row, seed):
         s = settings_of_run(args, pair, row, seed)
         model = s.output
         entry["settings"] = portable(asdict(s))
-        entry["corpus"] = fingerprint_of_corpus(args, pair, row, s)
+        sentences = s.corpus if is_online(row) else s.teacher
+        if not is_online(row):
+            make_cache(args, pair, s.teacher)
+        entry["corpus"] = cache_teacher.load_cache(sentences, needed=False)["fingerprint"]
     recorded = read_json(Path(args.results)).get(key)
     if recorded:
         check_same(f"{args.results}, {key}", recorded, entry)

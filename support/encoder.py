@@ -68,9 +68,9 @@ class Encoder:
 
 
 def tokenize(encoder, sentences):
-    """The token ids of n sentences, cut to the encoder's maximum length: n arrays.
+    """The token ids of n sentences: n arrays, such as [101, 1037, 3899, 102].
 
-    Prints how many were cut. Ids of sentence i: the i-th array, such as [101, 1037, 3899, 102].
+    They are cut to the encoder's maximum length. Prints how many were cut.
     """
     tokens = []
     cut = 0

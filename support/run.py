@@ -338,7 +338,7 @@ def write_card(path, s, record):
         base_model=base_model,
         name=Path(s.output).name,
         student=s.student,
-        teacher=record["teacher"],
+        teacher=record["teacher"] or "none",
         method=getattr(s, "method", "TALAS"),
         record=json.dumps(record, indent=2),
     )
