@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, f1_score
 
-from cache_teacher import fit_lsa
+from demo.lsa import fit_lsa
 from demo.tiny import tiny_student
 from support import attempt, fail, interruptible, positive
 from support.data import DEMO, HUB, IN_DOMAIN, load_hub_split, read_table, unique_corpus
@@ -35,8 +35,6 @@ COLUMNS = {  # metric -> the columns of its tasks, the target last
     "Spearman": ("sentence1", "sentence2", "score"),
 }
 AVERAGES = {"avg_in": "Avg-In*", "avg_out": "Avg-Out", "avg": "Avg"}  # key -> name in the table
-POOLINGS = {"auto", "cls", "mean", "last"}
-TINY_SEED = 42  # the default --seed of talas.py
 
 
 class Task(NamedTuple):
@@ -56,7 +54,8 @@ def cosine(a, b):
     a = a.astype(np.float64)
     b = b.astype(np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    cosines = (a * b).sum(1) / np.where(norms > 0, norms, 1.0)
+    norms[norms == 0] = 1.0
+    cosines = (a * b).sum(1) / norms
     return cosines.round(12)
 
 
@@ -122,18 +121,19 @@ def read_in_domain(path, available):
     if not path.exists():
         return IN_DOMAIN
     in_domain = read_json(path).get("in_domain")
-    if not isinstance(in_domain, list) or not set(in_domain) <= set(available):
+    if not isinstance(in_domain, list) or set(in_domain) - set(available):
         fail(f"{path}: in_domain must be a list of tasks: some of {', '.join(available)}")
     return in_domain
 
 
 def read_split(data, task, split):
-    """The rows of a task's split: from the Hub, a .jsonl file, or a .csv file if there is none."""
+    """The rows of a task's split: from the Hub, a .csv file, or a .jsonl file if there is none."""
     if data == "hub":
         return load_hub_split(task, split)
-    jsonl = Path(data, task, f"{split}.jsonl")
-    table = jsonl.with_suffix(".csv")
-    return read_table(table if table.exists() and not jsonl.exists() else jsonl)
+    path = Path(data, task, f"{split}.csv")
+    if not path.exists():
+        path = path.with_suffix(".jsonl")
+    return read_table(path)
 
 
 def load_task(data, name):
@@ -178,7 +178,7 @@ def check_row(row, metric):
         if not isinstance(row.get(column), str):
             raise ValueError(f"its {column} is not text")
     value = row.get(target)
-    if value is None or value == "":
+    if value in (None, ""):
         raise ValueError(f"its {target} is missing")
     if metric == "F1":
         row[target] = str(value).removesuffix(".0")  # 1 and 1.0 are one class, "1" and "01" are two
@@ -198,15 +198,15 @@ def number_classes(rows):
 
 
 # -------------------------------------------------------------------------------------- the models
-def load_model(name, pooling, args):
+def load_model(name, args):
     """The Encoder of a folder, a Hub id or tiny; for lsa, scikit-learn's pipeline."""
     device = pick_device(args.device)
     if name not in ("lsa", "tiny"):
-        return load_encoder(name, pooling, args.max_length, device=device)
+        return load_encoder(name, args.pooling, args.max_length, device=device)
     sentences = unique_corpus(f"{args.data}/corpus.jsonl")[0]  # the demo has one
     if name == "lsa":
         return fit_lsa(sentences)
-    return tiny_student(sentences, TINY_SEED, pooling, args.max_length, device)
+    return tiny_student(sentences, 42, args.pooling, args.max_length, device)  # talas.py's seed
 
 
 def embed(model, texts, batch_size, label):
@@ -221,9 +221,9 @@ def mean(scores):
     return np.mean(scores) if scores else None
 
 
-def evaluate(name, pooling, tasks, in_domain, args):
+def evaluate(name, tasks, in_domain, args):
     """{task: score in percent, ..., "avg_in", "avg_out", "avg"}; a mean over no task is None."""
-    model = load_model(name, pooling, args)
+    model = load_model(name, args)
     embeddings = {}  # text -> (d,); each text is embedded once
     scores = {}
     for task_name, task in tasks.items():  # one by one: a score does not depend on other tasks
@@ -233,7 +233,7 @@ def evaluate(name, pooling, tasks, in_domain, args):
                 if row[column] not in embeddings:
                     texts[row[column]] = None
         if texts:
-            vectors = embed(model, list(texts), args.batch_size, f"{name} {task_name}")
+            vectors = embed(model, list(texts), args.batch_size, task_name)
             embeddings.update(zip(texts, vectors))
         scores[task_name] = score(task_name, task, embeddings)
     inside = [value for task, value in scores.items() if task in in_domain]
@@ -263,8 +263,10 @@ def markdown(results, tasks, in_domain):
 
 # ------------------------------------------------------------------------------------ command line
 def parse_args(argv):
-    """The command line; args.tasks becomes a list, args.pooling a list with one for each model."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    """The command line; args.tasks becomes a list, args.data a path or the word hub."""
+    parser = argparse.ArgumentParser(
+        description="Score sentence encoders as the paper does.", allow_abbrev=False
+    )
     parser.error = fail
     flag = parser.add_argument
     models = "folders, Hub ids, lsa (the demo's teacher), tiny (its student, untrained, seed 42)"
@@ -272,23 +274,16 @@ def parse_args(argv):
     flag("--data", default="demo", help="demo; hub: the paper's nine; or a folder of tasks")
     flag("--tasks", help="some of the tasks: a,b,c")
     flag("--json", help="also write the scores to this file; replaces earlier scores")
-    flag("--pooling", default="auto", help="auto, cls, mean, last; or one for each model: a,b")
+    flag("--pooling", default="auto", choices=["auto", "cls", "mean", "last"], help="of the models")
     flag("--batch_size", type=positive, default=32, help="sentences in a forward pass")
     flag("--max_length", type=positive, default=256, help="tokens; longer sentences are cut")
     flag("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
     args = parser.parse_args(argv)
-    if len(set(args.models)) < len(args.models):
-        fail(f"the same model is listed twice: {' '.join(args.models)}; write one as ./NAME")
     if args.data == "demo":
         args.data = DEMO
-    if args.tasks is not None:
+    if args.tasks:
         args.tasks = args.tasks.split(",")
-    args.pooling = args.pooling.split(",")
-    if len(args.pooling) == 1:
-        args.pooling *= len(args.models)
-    if len(args.pooling) != len(args.models) or not POOLINGS.issuperset(args.pooling):
-        fail(f"--pooling must be auto, cls, mean or last, once or for each model: {args.pooling}")
-    if args.json is not None:
+    if args.json:
         check_output("--json", args.json)
         path = Path(args.json)
         if path.exists() and b'"avg_out"' not in path.read_bytes():
@@ -303,9 +298,9 @@ def main(argv=None):
     with interruptible("the scores so far, if any, are in the table above"):
         tasks, in_domain = load_tasks(args.data, args.tasks)
         try:
-            for name, pooling in zip(args.models, args.pooling):
+            for name in args.models:
                 try:
-                    results[name] = evaluate(name, pooling, tasks, in_domain, args)
+                    results[name] = evaluate(name, tasks, in_domain, args)
                 except (Exception, SystemExit) as error:  # the other models are scored
                     if len(args.models) == 1:
                         raise

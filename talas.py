@@ -17,15 +17,14 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch.nn.utils import get_total_norm, parameters_to_vector
-from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
-from transformers.hf_argparser import HfArg
+from transformers import get_cosine_schedule_with_warmup
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from cache_teacher import load_cache
 from demo import tiny
-from support import attempt, fail, interruptible
+from support import fail, interruptible
 from support.data import Corpus
 from support.encoder import dry_run, pooled_layers, save_encoder
 from support.files import save
@@ -313,12 +312,12 @@ def batches(n, s, epoch):
     return order[: n - n % s.batch_size].split(s.batch_size)
 
 
-def new_projections(s, encoder, d_T):
+def new_projections(s, corpus):
     """K new W_l, each (d_S, d_T); none without TAMD."""
     if not s.lambda2:
         return []
-    shape = (encoder.dimensions, d_T)
-    device = encoder.model.device
+    shape = (corpus.encoder.dimensions, corpus.embeddings.shape[1])  # (d_S, d_T)
+    device = corpus.encoder.model.device
     return [W_STD * torch.randn(shape).to(device) for _ in range(s.anchored_layers)]
 
 
@@ -344,8 +343,7 @@ def train(s, corpus, objective):
     for epoch in range(first_epoch, s.epochs):
         log.begin_epoch()
         objective.train()
-        dropout_seed = seed_of(s.seed, epoch, rank(), "dropout")
-        torch.manual_seed(dropout_seed)  # so a resumed epoch draws the same masks
+        torch.manual_seed(seed_of(s.seed, epoch, rank(), "dropout"))  # the same when resumed
         for rows in batches_of_this_process(batches(len(corpus), s, epoch)):
             tokens, teacher, domains = corpus.batch(rows)  # B, and E^T from the cache
             values = training_step(parallel, asam, tokens, teacher, domains, s)
@@ -440,13 +438,14 @@ def measure_sharpness(objective, corpus, s):
 # ------------------------------------------------------------------------------------ command line
 def parse_settings(argv, kind=Settings, **defaults):
     """Settings from the command line. --student tiny has its own defaults, which are printed."""
-    parser = HfArgumentParser(kind, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = HfArgumentParser(
+        kind, description="Distil cached sentence embeddings into a student.", allow_abbrev=False
+    )
     parser.error = fail
     parser.set_defaults(**defaults)
     flags = parser.parse_args(argv)
     if flags.student == "tiny":
-        shown = ", ".join(f"--{name} {value}" for name, value in tiny.SETTINGS.items())
-        print(f"student tiny starts from scratch; unless you set them: {shown}")
+        print(f"student tiny starts from scratch; unless you set them: {tiny.SETTINGS}")
         parser.set_defaults(**tiny.SETTINGS)
         flags = parser.parse_args(argv)
     return kind(**vars(flags))
@@ -465,9 +464,8 @@ def finish(s, cache, objective):
     if rank() > 0:
         return
     draft = Path(s.output, ".saving")
-    with attempt(f"write {s.output}", OSError, SafetensorError):
-        draft.mkdir(exist_ok=True)
-        save_encoder(draft, objective.encoder)
+    draft.mkdir(exist_ok=True)
+    save_encoder(draft, objective.encoder)
     save(draft / "projections.pt", [W.detach().cpu() for W in objective.projections])
     publish(s, cache, draft)
 
@@ -485,7 +483,7 @@ def main(argv=None):
         corpus = Corpus(cache, encoder)
         check_fit(s, corpus)
         dry_run(encoder, corpus, s.output)
-        objective = Objective(encoder, new_projections(s, encoder, corpus.d_T), s)
+        objective = Objective(encoder, new_projections(s, corpus), s)
         train(s, corpus, objective)
         finish(s, cache, objective)
         stop_processes()

@@ -10,10 +10,7 @@ from contextlib import contextmanager
 
 def fail(message):
     """End the program with exit code 2 and one line on standard error: a mistake of the user's."""
-    line = " ".join(str(message).split())
-    if len(line) > 600:
-        line = f"{line[:590]} ..."
-    print("error:", line, file=sys.stderr)
+    print("error:", " ".join(message.split()), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -26,9 +23,7 @@ def attempt(what, *errors):
     try:
         yield
     except errors or (OSError, ValueError) as error:  # noqa: B030 - it is a tuple of classes
-        reason = str(error) or type(error).__name__
-        if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         fail(f"cannot {what}: {reason}")
 
 

@@ -55,18 +55,15 @@ def read_csv(path, text):
     """The rows of a .csv or .tsv file, whose first line names the columns."""
     delimiter = "\t" if path.suffix == ".tsv" else ","
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
-    rows = []
-    try:
-        columns = [name.strip() for name in reader.fieldnames or []]
-        reader.fieldnames = columns
-        for row in reader:
-            if None in row or None in row.values():  # surplus fields have the key None
-                raise csv.Error(f"it does not have {len(columns)} fields; quote one with a comma")
-            if delimiter == "\t" and "\n" in "".join(row.values()):
-                raise csv.Error('a field begins with " and runs on to the next line')
-            rows.append(row)
-    except csv.Error as error:
-        fail(f"cannot read {path}, line {reader.line_num}: {error}")
+    with attempt(f"read {path} (is a quotation mark not closed?)", csv.Error):
+        rows = list(reader)
+    for number, row in enumerate(rows, 1):
+        values = list(row.values())
+        if None in row or None in values:  # surplus fields have the key None
+            count = len(reader.fieldnames)
+            fail(f"{path}, row {number} does not have {count} fields; quote one with a comma")
+        if delimiter == "\t" and "\n" in "".join(values):
+            fail(f'{path}, row {number}: a field begins with " and runs on to the next line')
     return rows
 
 
@@ -83,8 +80,7 @@ def read_corpus(name, seed=42):
         if not isinstance(row.get("text"), str):
             fail(f"{name} needs a column named text, of text; row {number} is {row}")
         sentences.append(row["text"])
-        source = row.get("source")
-        sources.append(Path(name).stem if source in (None, "") else str(source))
+        sources.append(str(row.get("source") or Path(name).stem))
     return sentences, sources
 
 
@@ -132,7 +128,6 @@ class Corpus:
         self.sentences = cache["sentences"]
         self.tokens = tokenize(encoder, cache["sentences"])
         self.embeddings = cache["embeddings"]  # (n, d_T), on disk; None without a teacher
-        self.d_T = None if self.embeddings is None else self.embeddings.shape[1]
         self.domains = torch.from_numpy(np.unique(cache["sources"], return_inverse=True)[1])
 
     def __len__(self):
@@ -157,18 +152,12 @@ def load_hub_split(task, split):
     """The rows of one split of one of the nine benchmarks, with our column names and labels."""
     import datasets  # here, because it is slow to import and only the Hub needs it
 
-    datasets.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
     benchmark = HUB[task]
+    source = benchmark["source"]  # dataset, configuration and revision
     columns = benchmark["columns"]
     advice = "your own file (--corpus) or folder (--data) works offline"
-    with attempt(f"load {task} ({benchmark['dataset']}, {split}) from the Hub; {advice}"):
-        data = datasets.load_dataset(
-            benchmark["dataset"],
-            benchmark.get("config"),
-            split=split,
-            revision=benchmark.get("revision"),
-        )
+    with attempt(f"load {task} ({source['path']}, {split}) from the Hub; {advice}"):
+        data = datasets.load_dataset(**source, split=split)
     rows = data.select_columns(list(columns)).rename_columns(columns).to_list()
     labels = benchmark.get("labels", {})  # their names -> numbers
     for row in rows:

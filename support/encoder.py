@@ -4,6 +4,7 @@ N is the size of a batch, T its longest sentence in tokens, d the model's width.
 """
 
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,9 +57,8 @@ class Encoder:
     special_tokens: dict  # such as {"pad_token": "[PAD]"}, for other programs
     pooling: str  # "cls", "mean" or "last"
     max_length: int  # tokens; longer sentences are cut
-    layers: int  # L, without the embedding layer
-    dimensions: int  # d, the width of the last layer and so of the sentence embedding
-    normalize: bool = False  # whether other programs normalise the embedding; here it never is
+    layers: int = 0  # L, without the embedding layer
+    dimensions: int = 0  # d, the width of the last layer and so of the sentence embedding
 
     def identity(self):
         """A hash of what its embeddings depend on, but for the weights."""
@@ -126,7 +126,7 @@ def encode(encoder, tokens, batch_size, label=None, file=None):
     """Pooled last-layer embeddings of n sentences, not normalised: float32 (n, d), on the CPU.
 
     Batches hold sentences of similar length, the longest first: one that is too large fails at
-    once. The embeddings are written to `file`, open in binary for reading and writing; what an
+    once. The embeddings are appended to `file`, open in binary for that and for reading; what an
     earlier call wrote there is kept. Without it they go to a temporary file.
     """
     file = file or tempfile.TemporaryFile()
@@ -136,9 +136,7 @@ def encode(encoder, tokens, batch_size, label=None, file=None):
     row_bytes = 4 * encoder.dimensions
     written = file.seek(0, os.SEEK_END) // row_bytes
     done = written // batch_size * batch_size  # whole batches
-    file.seek(done * row_bytes)
-    if done:
-        print(f"resuming: {done} sentences are already embedded")
+    file.truncate(done * row_bytes)
     with progress(n, "sent", label, initial=done) as bar:
         for start in range(done, n, batch_size):
             batch = pad(tokens, order[start : start + batch_size], model)
@@ -163,10 +161,9 @@ def save_encoder(folder, encoder):
     The files of its tokenizer are written anew: the class that the old ones name may differ.
     """
     folder = Path(folder)
-    encoder.model.save_pretrained(folder)
-    tokenizer = Tokenizer.from_str(encoder.tokenizer.to_str())
-    tokenizer.no_truncation()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    with attempt(f"save the student in {folder}", OSError, SafetensorError):
+        encoder.model.save_pretrained(folder)
+    encoder.tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # which reads tokenizer.json as it is
         "model_max_length": encoder.max_length,
@@ -176,24 +173,14 @@ def save_encoder(folder, encoder):
         **encoder.special_tokens,
     }
     write_json(folder / "tokenizer_config.json", tokenizer_config)
-    # and what sentence-transformers reads besides
-    module = "sentence_transformers.models"
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": f"{module}.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{module}.Pooling"},
-    ]
-    if encoder.normalize:
-        modules.append(
-            {"idx": 2, "name": "2", "path": "2_Normalize", "type": f"{module}.Normalize"}
-        )
-    write_json(folder / "modules.json", modules)
+    # and what sentence-transformers reads besides: Transformer, then Pooling
+    shutil.copy(Path(__file__).with_name("modules.json"), folder)
     pooling = {flag: encoder.pooling == name for name, flag in POOLING_FLAGS.items()}
     pooling["word_embedding_dimension"] = encoder.dimensions
     (folder / "1_Pooling").mkdir(exist_ok=True)
     write_json(folder / "1_Pooling" / "config.json", pooling)
-    limit = {"max_seq_length": encoder.max_length, "do_lower_case": False}
+    limit = {"max_seq_length": encoder.max_length}
     write_json(folder / "sentence_bert_config.json", limit)
-    write_json(folder / "config_sentence_transformers.json", {"prompts": {}})
 
 
 def dry_run(encoder, corpus, output):
@@ -202,18 +189,17 @@ def dry_run(encoder, corpus, output):
     Ends the program if that fails, or if transformers reads other token ids from what was saved
     than the encoder is trained with.
     """
-    if not encoder.special_tokens.get("pad_token"):
+    if not encoder.special_tokens["pad_token"]:
         fail("the student has no token to pad with; name a pad_token in its tokenizer_config.json")
     with (
-        attempt(f"save next to --output {output}", OSError, SafetensorError),
+        attempt(f"write next to --output {output}", OSError),
         tempfile.TemporaryDirectory(prefix=".trial-", dir=Path(output).parent) as folder,
     ):
         save_encoder(folder, encoder)
         reloaded = AutoTokenizer.from_pretrained(folder)
-    for sentence in corpus.sentences[:100]:
-        trained_ids = encoder.tokenizer.encode(sentence).ids
-        if reloaded(sentence, truncation=True)["input_ids"] != trained_ids:
-            fail(
-                f"transformers tokenizes {sentence[:60]!r} differently from tokenizer.json: it "
-                f"rebuilds a {encoder.model.config.model_type}'s tokenizer; use another student"
-            )
+    reloaded_ids = reloaded(corpus.sentences[:100], truncation=True)["input_ids"]
+    if reloaded_ids != [ids.tolist() for ids in corpus.tokens[:100]]:
+        fail(
+            f"transformers rebuilds the tokenizer of a {encoder.model.config.model_type}, and then "
+            "gives other tokens than its tokenizer.json; use another student"
+        )

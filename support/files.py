@@ -7,7 +7,6 @@ import pickle
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from support import attempt, fail
@@ -26,7 +25,7 @@ def whole(path):
     """A temporary path to write to. It replaces `path` when the block ends without an error."""
     partial = Path(f"{path}.partial")
     try:
-        with attempt(f"write {path}", OSError):
+        with attempt(f"write {path}", OSError, RuntimeError):  # torch's own, on a full disk
             yield partial
             partial.replace(path)
     finally:
@@ -35,7 +34,7 @@ def whole(path):
 
 def save(path, content):
     """torch.save, whole or not at all."""
-    with whole(path) as partial, attempt(f"write {path} (is the disk full?)", RuntimeError):
+    with whole(path) as partial:
         torch.save(content, partial)
 
 
@@ -45,9 +44,9 @@ def write_json(path, content):
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def read_json(path, needed=False):
-    """The content of a JSON file; {} if there is no such file, unless it is `needed`."""
-    if not needed and not path.exists():
+def read_json(path):
+    """The content of a JSON file; {} if there is no such file."""
+    if not path.exists():
         return {}
     with attempt(f"read {path}"):
         return json.loads(path.read_text("utf-8"))
@@ -58,6 +57,8 @@ def load(path, mmap=True):
 
     With `mmap` the tensors stay on disk.
     """
+    with attempt(f"read {path}", OSError):
+        open(path, "rb").close()
     try:
         return torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
     except READ_ERRORS:  # torch's own message advises to run the file's code
@@ -81,17 +82,17 @@ def check_output(flag, path, **inputs):
 def keep_apart(flag, output, **inputs):
     """End the program if the output is one of the inputs: other flags and their paths."""
     for name, path in inputs.items():
-        if os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path):
+        if os.path.exists(path) and os.path.realpath(path) == os.path.realpath(output):
             fail(f"{flag} {output} is the --{name} itself; choose another {flag}")
 
 
 def digest(*parts):
-    """A hash of plain values, bytes, arrays and tensors, in their order."""
+    """A hash of plain values, bytes and tensors, in their order."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, torch.Tensor):  # without a copy: it may be large, and on disk
             part = part.reshape(-1).cpu().view(torch.uint8).numpy()
-        elif not isinstance(part, (np.ndarray, bytes)):
+        elif not isinstance(part, bytes):
             part = json.dumps(part).encode()
         total.update(part)
     return total.hexdigest()

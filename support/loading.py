@@ -3,7 +3,7 @@
 What is known to change embeddings and is not implemented ends the program in one line.
 """
 
-import math
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, logging
 from transformers.models.auto import modeling_auto as registry
 
 from support import attempt, fail
-from support.encoder import POOLING_FLAGS, Encoder, pad, pool
+from support.encoder import POOLING_FLAGS, Encoder, pad, pooled_layers
 from support.files import READ_ERRORS, read_json
 from support.run import interrupted
 
@@ -38,18 +38,13 @@ def model_folder(name):
     """The path of a directory, or of a Hub id's files, downloaded or from the cache."""
     if Path(name).exists():
         return Path(name)
-    try:
+    with attempt(f"find {name}: no such folder; on the Hub (offline: `hf download` it before)"):
         for weights in ("*.safetensors", "*.bin"):
             wanted = [*ALL_BUT_WEIGHTS, weights]
             folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=WEIGHT_COPIES)
             if list(Path(folder).rglob(weights)):
                 break
         return Path(folder)
-    except (OSError, ValueError) as error:
-        fail(
-            f"cannot find {name}: no such folder, and not downloaded from the Hub (offline: "
-            f"`hf download` it before): {error.__cause__ or error}"
-        )
 
 
 class Declarations(NamedTuple):
@@ -59,7 +54,6 @@ class Declarations(NamedTuple):
     pooling: str | None = None
     max_length: int | None = None  # tokens
     lower_case: bool = False
-    normalize: bool = False  # whether a Normalize module is last
 
 
 def read_declarations(root):
@@ -81,22 +75,20 @@ def read_declarations(root):
         fail(f"{root} puts a prompt before every sentence, {prompt!r}; {ADVICE}")
     if settings.get("truncate_dim"):
         fail(f"{root}: truncate_dim {settings['truncate_dim']} is not implemented; {ADVICE}")
-    path = folders[0] / "sentence_bert_config.json"
-    if not path.exists():  # older versions name it after the model: sentence_roberta_config.json
-        path = next(folders[0].glob("sentence_*_config.json"), path)
-    limits = read_json(path)
+    limits = {}
+    for path in folders[0].glob("sentence_*_config.json"):  # *: bert, or in old files the model
+        limits = read_json(path)
     return Declarations(
         folder=folders[0],
         pooling=read_pooling(folders[1] / "config.json"),
         max_length=limits.get("max_seq_length"),
         lower_case=limits.get("do_lower_case", False),
-        normalize="Normalize" in names,
     )
 
 
 def read_pooling(path):
     """The pooling that the config.json of a Pooling module declares: cls, mean or last."""
-    settings = read_json(path, needed=True)
+    settings = read_json(path)
     mode = settings.get("pooling_mode")
     # older versions: "pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false
     flags = [key for key in settings if key.startswith("pooling_mode_") and settings[key]]
@@ -119,29 +111,25 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
     model = load_model(name, declared.folder, dtype).to(device)
     tokenizer, library = load_tokenizer(name, declared)
     limit = declared.max_length or library.model_max_length  # which is huge if no file has it
-    limit = min(max_length, limit, most_positions(model))
-    special = tokenizer.num_special_tokens_to_add(False)
-    if limit <= special:
-        fail(f"{name}: {limit} tokens leave no room for a sentence beside {special} special ones")
+    positions = getattr(model.config, "max_position_embeddings", limit)
+    limit = min(max_length, limit, positions)
     tokenizer.enable_truncation(limit, direction=library.truncation_side)
     pooling = choose_pooling(name, model.config, pooling, declared.pooling)
-    layers, dimensions = try_forward(name, model, pooling)
-    return Encoder(
+    encoder = Encoder(
         model=model,
         tokenizer=tokenizer,
         special_tokens=special_tokens_of(library, tokenizer),
         pooling=pooling,
         max_length=limit,
-        layers=layers,
-        dimensions=dimensions,
-        normalize=declared.normalize,
     )
+    layers = try_forward(name, encoder)
+    return replace(encoder, layers=len(layers), dimensions=layers[-1].shape[1])
 
 
 def load_model(name, folder, dtype):
     """The model itself, with all its weights."""
     path = folder / "config.json"
-    settings = read_json(path, needed=True)
+    settings = read_json(path)
     if (folder / "adapter_config.json").exists():
         fail(f"{folder / 'adapter_config.json'}: adapters are not implemented; merge it first")
     for key in ("auto_map", "quantization_config"):  # code of the model's own; quantised weights
@@ -161,7 +149,7 @@ def load_model(name, folder, dtype):
             folder,
             config=config,
             dtype=dtype,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True,  # they are reported
             output_loading_info=True,
         )
     check_weights(name, model, report)
@@ -170,17 +158,14 @@ def load_model(name, folder, dtype):
 
 def check_weights(name, model, report):
     """End the program if weights are missing, or layers in the files have more than the model's."""
-    of_other_shape = [mismatch[0] for mismatch in report["mismatched_keys"]]
-    keys = sorted({*report["missing_keys"], *of_other_shape})
-    missing = [key for key in keys if "pooler" not in key]  # a pooler is not used here
+    missing = [key for key in report["missing_keys"] if "pooler" not in key]  # which is not used
+    missing += [mismatch[0] for mismatch in report["mismatched_keys"]]
     if missing:
         fail(f"{name}: its files lack {len(missing)} of config.json's weights, as {missing[0]}")
-    layer_lists = []  # their names, such as ".encoder.layer."
-    for key, part in model.named_modules():
-        if isinstance(part, torch.nn.ModuleList):
-            layer_lists.append(f".{key}.")
+    parts = model.named_modules()
+    layer_lists = [f".{key}." for key, part in parts if isinstance(part, torch.nn.ModuleList)]
     for key in report["unexpected_keys"]:  # those of a head are unexpected, and not used
-        in_a_layer = any(name in f".{key}" for name in layer_lists)
+        in_a_layer = any(name in f".{key}" for name in layer_lists)  # such as ".encoder.layer."
         if in_a_layer and not key.endswith(BUFFERS):
             fail(f"{name}: a {type(model).__name__} does not use its weight {key}; {ADVICE}")
 
@@ -217,30 +202,20 @@ def load_tokenizer(name, declared):
 
 def special_tokens_of(library, tokenizer):
     """Those in the vocabulary, such as {"pad_token": "[PAD]"}; a decoder may pad with [EOS]."""
+    vocabulary = tokenizer.get_vocab()
     tokens = {}
     for role, token in library.special_tokens_map.items():
-        if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
+        if str(token) in vocabulary:
             tokens[role] = token
-    if "pad_token" not in tokens and "eos_token" in tokens:
-        tokens["pad_token"] = tokens["eos_token"]
+    tokens.setdefault("pad_token", tokens.get("eos_token"))
     return tokens
-
-
-def most_positions(model):
-    """How many tokens of a sentence the model has positions for; infinite if it counts none."""
-    positions = getattr(model.config, "max_position_embeddings", 0)
-    for key, part in model.named_modules():  # some count positions from the padding token's id
-        padding = getattr(part, "padding_idx", None)
-        if "position_embeddings" in key and padding is not None:
-            positions = len(part.weight) - padding - 1
-    return positions if positions > 0 else math.inf
 
 
 def is_decoder(config):
     """Whether a token sees only those before it."""
-    if config.model_type in registry.MODEL_FOR_MASKED_LM_MAPPING_NAMES:  # such as BERT
-        return getattr(config, "is_decoder", False)
-    return config.model_type in registry.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    causal = config.model_type in registry.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = config.model_type in registry.MODEL_FOR_MASKED_LM_MAPPING_NAMES  # BERT is in both
+    return causal and not masked
 
 
 def choose_pooling(name, config, requested, declared):
@@ -260,20 +235,18 @@ def choose_pooling(name, config, requested, declared):
 
 
 @torch.inference_mode()
-def try_forward(name, model, pooling):
-    """(L, the last layer's width d). Ends the program if a sentence's vector depends on its batch.
+def try_forward(name, encoder):
+    """The pooled layers of two sentences: L of (2, d).
 
-    Some models see padding in spite of the mask.
+    Ends the program if a sentence's vector depends on its batch: some models see padding in spite
+    of the mask.
     """
     tokens = [np.arange(1, 4), np.arange(1, 10)]  # two sentences: of 3 and of 9 tokens
-    vectors = []  # of the first sentence: alone, and beside the longer one
-    for rows in ([0], [0, 1]):
-        batch = pad(tokens, rows, model)
-        output = model(**batch, output_hidden_states=True)
-        pooled = pool(output.last_hidden_state, batch["attention_mask"], pooling)
-        vectors.append(pooled[0].float())
-    alone, beside = vectors
-    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1  # half precision rounds
-    if (beside - alone).norm() > tolerance * alone.norm():
+    alone = pooled_layers(encoder, pad(tokens, [0], encoder.model))
+    layers = pooled_layers(encoder, pad(tokens, [0, 1], encoder.model))
+    vector = alone[-1][0].float()
+    difference = layers[-1][0].float() - vector
+    tolerance = 1e-4 if encoder.model.dtype == torch.float32 else 0.1  # half precision rounds
+    if difference.norm() > tolerance * vector.norm():
         fail(f"{name}: a sentence's embedding changes when it is batched with a longer one")
-    return len(output.hidden_states) - 1, alone.shape[0]
+    return layers

@@ -3,15 +3,12 @@
 `s` is always the run's settings (talas.Settings).
 """
 
-import hashlib
 import json
 import math
 import os
 import shutil
-import statistics
 import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from support import attempt, fail
-from support.files import keep_apart, load, save, write_json
+from support.files import digest, keep_apart, load, save, write_json
 
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl
 RESUME_ADVICE = "the same command with --resume continues (without it, if there is no output yet)"
@@ -66,36 +63,34 @@ def memory_mb(device):
     statm = Path("/proc/self/statm")
     if not statm.exists():  # only Linux has it
         return 0.0
-    pages = statm.read_text().split()
-    resident, from_files = int(pages[1]), int(pages[2])  # the memory-mapped cache is a file
-    return (resident - from_files) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    pages, from_files = map(int, statm.read_text().split()[1:3])  # resident; the cache is a file
+    return (pages - from_files) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def rank():
     """The number of this process, from 0. The first one writes and prints."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    return int(os.environ.get("RANK", 0))
 
 
 def processes():
     """How many processes torchrun started, one a device; 1 without torchrun."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start_processes(s):
     """Under torchrun: connect this process with the others, and silence all but the first."""
-    if "LOCAL_RANK" not in os.environ:  # torchrun sets it
+    if processes() == 1:
         return
     if s.device != "cpu" and torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-    on_cpu = pick_device(s.device).type == "cpu"
-    distributed.init_process_group("gloo" if on_cpu else None)
+    distributed.init_process_group()
     if rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def stop_processes():
     """Under torchrun: disconnect this process from the others."""
-    if distributed.is_initialized():
+    if processes() > 1:
         distributed.destroy_process_group()
 
 
@@ -103,10 +98,8 @@ def data_parallel(objective):
     """The objective; under torchrun in DDP's wrapper, whose backward pass averages gradients."""
     if processes() == 1:
         return objective
-    device = objective.model.device
-    device_ids = None if device.type == "cpu" else [device]
     # some weights get no gradient, such as those of BERT's pooler
-    return DistributedDataParallel(objective, device_ids=device_ids, find_unused_parameters=True)
+    return DistributedDataParallel(objective, find_unused_parameters=True)
 
 
 def batches_of_this_process(batches):
@@ -117,7 +110,7 @@ def batches_of_this_process(batches):
 
 def seed_of(*parts):
     """A seed for one stream of random numbers: other parts give another stream."""
-    return int(hashlib.sha256(repr(parts).encode()).hexdigest()[:15], 16)
+    return int(digest(repr(parts).encode())[:15], 16)
 
 
 # ---------------------------------------------------------------------- before a run: is it sound?
@@ -164,29 +157,30 @@ def check_output_folder(s):
     """End the program if the output folder holds something that must not be touched."""
     keep_apart("--output", s.output, student=s.student, teacher=s.teacher)
     out = Path(s.output)
-    if out.is_file():
-        fail(f"--output {out} is a file; give the name of a folder")
     names = {path.name for path in out.glob("*")}
-    if s.resume and "metrics.jsonl" not in names:
-        fail(f"--resume: {out} holds no run; check --output, or leave --resume out")
-    if s.resume and not interrupted(out):
-        fail(f"--resume: {out} is a finished run; nothing is left to do")
-    if s.resume or not names:
+    if s.resume:
+        if not interrupted(out):
+            fail(f"--resume: {out} holds no interrupted run; check --output")
         return
-    if "metrics.jsonl" not in names:
+    if out.is_file() or (names and "metrics.jsonl" not in names):
         fail(f"--output {out} holds something other than a run; use another --output")
-    if not s.overwrite and interrupted(out):
-        fail(f"{out} holds an interrupted run; use --resume, --overwrite or another --output")
-    if not s.overwrite:
-        fail(f"{out} exists; use another --output, or --overwrite to replace it")
+    if names and not s.overwrite:
+        fail(
+            f"--output {out} holds a run; --resume continues an interrupted one, --overwrite "
+            "replaces it; or use another --output"
+        )
 
 
 # ----------------------------------------------------------------------------- checkpoint and log
 class Checkpoint:
-    """checkpoint.pt: the state after a completed epoch, and what the run depends on."""
+    """checkpoint.pt: the state after a completed epoch, and what the run depends on.
+
+    The state includes the length of metrics.jsonl, which is cut there when the run resumes.
+    """
 
     def __init__(self, s, corpus, objective, optimizer, scheduler):
         self.path = Path(s.output, "checkpoint.pt")
+        self.log = Path(s.output, "metrics.jsonl")
         self.resume = s.resume
         self.parts = {"weights": objective, "adamw": optimizer, "scheduler": scheduler}
         self.facts = {
@@ -201,6 +195,8 @@ class Checkpoint:
             for name in ("checkpoint.pt", "talas.json"):  # an earlier run's, which is overwritten
                 self.path.with_name(name).unlink(missing_ok=True)
         if not self.path.exists():
+            self.path.parent.mkdir(exist_ok=True)
+            self.log.write_text("")
             return 0
         saved = load(self.path, mmap=False)
         for name, value in self.facts.items():
@@ -209,6 +205,7 @@ class Checkpoint:
                 fail(f"--resume with another {name}: it was {saved_value}, now it is {value}")
         for name, part in self.parts.items():
             part.load_state_dict(saved["states"][name])
+        os.truncate(self.log, saved["log_size"])
         return saved["epoch"]
 
     def save(self, epoch):
@@ -218,7 +215,13 @@ class Checkpoint:
             if not weights.isfinite().all():
                 fail(f"epoch {epoch} left weights that are not finite; {DIVERGED_ADVICE}")
         if rank() == 0:
-            save(self.path, {"epoch": epoch, "facts": self.facts, "states": states})
+            content = {
+                "epoch": epoch,
+                "facts": self.facts,
+                "states": states,
+                "log_size": self.log.stat().st_size,
+            }
+            save(self.path, content)
 
 
 def progress(total, unit, label=None, initial=0):
@@ -231,7 +234,6 @@ def progress(total, unit, label=None, initial=0):
         initial=initial,
         mininterval=seconds,
         delay=seconds,
-        dynamic_ncols=True,
         disable=rank() > 0,
     )
 
@@ -240,22 +242,19 @@ class Log:
     """metrics.jsonl, a line every ten steps and one every epoch; and the progress bar."""
 
     def __init__(self, s, steps, first_epoch, device):
-        """steps: an epoch's, in each process. Lines after the resumed epoch are dropped."""
+        """steps: an epoch's, in each process."""
         self.path = Path(s.output, "metrics.jsonl")
         self.steps = steps
         self.device = device
         self.count = first_epoch * steps  # steps that are done
         self.values = []  # of the steps since the last line
-        self.path.parent.mkdir(exist_ok=True)
-        lines = read_metrics(s.output) if s.resume else []
-        self.write([line for line in lines if line["step"] <= self.count], mode="w")
         self.bar = progress(s.epochs * steps, "step", initial=self.count)
 
-    def write(self, lines, mode="a"):
-        """Append lines to metrics.jsonl."""
+    def write(self, line):
+        """Append a line to metrics.jsonl."""
         if rank() == 0:
-            with open(self.path, mode, encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def begin_epoch(self):
         """Start the clock, and the count of an accelerator's peak memory."""
@@ -284,8 +283,8 @@ class Log:
         line["lr"] = lr
         line["ms_per_step"] = 1000 * seconds / len(rows)
         line["memory_mb"] = memory_mb(self.device)
-        self.write([line])
-        self.bar.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()}, refresh=False)
+        self.write(line)
+        self.bar.set_postfix(loss=means["loss"], refresh=False)
         self.values = []
         self.clock = time.perf_counter()
 
@@ -294,37 +293,11 @@ class Log:
         line = {"end_of_epoch": self.count // self.steps, "step": self.count}
         if lambda_max is not None:
             line["lambda_max"] = lambda_max
-        self.write([line])
+        self.write(line)
 
     def close(self):
         """End the progress bar."""
         self.bar.close()
-
-
-def read_metrics(folder):
-    """The lines of a run's metrics.jsonl, without one that was cut off when the run was killed."""
-    lines = []
-    path = Path(folder, "metrics.jsonl")
-    if path.exists():
-        for text in path.read_text("utf-8").splitlines():
-            with suppress(ValueError):
-                lines.append(json.loads(text))
-    return lines
-
-
-def cost(folder):
-    """Table 3 from metrics.jsonl: the median time of a step; mean, peak and spread of memory."""
-    lines = [line for line in read_metrics(folder) if "ms_per_step" in line]
-    if not lines:
-        return {}
-    times = [line["ms_per_step"] for line in lines]
-    memory = [line["memory_mb"] for line in lines]
-    return {
-        "ms_per_step": statistics.median(times[len(times) // 10 :]),  # without the warm-up
-        "mean_mb": statistics.fmean(memory),
-        "peak_mb": max(memory),
-        "std_mb": statistics.pstdev(memory),
-    }
 
 
 # ------------------------------------------------------------------------------ what a run leaves
@@ -338,7 +311,7 @@ def write_card(path, s, record):
         base_model=base_model,
         name=Path(s.output).name,
         student=s.student,
-        teacher=record["teacher"] or "none",
+        teacher=record["teacher"],
         method=getattr(s, "method", "TALAS"),
         record=json.dumps(record, indent=2),
     )
@@ -352,7 +325,6 @@ def publish(s, cache, draft):
         "settings": asdict(s),
         "teacher": cache["teacher"],
         "corpus": cache["fingerprint"],
-        "cost": cost(out),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     write_json(draft / "talas.json", record)
@@ -362,5 +334,4 @@ def publish(s, cache, draft):
     shutil.copytree(draft, out, copy_function=os.replace, dirs_exist_ok=True)  # moves whole files
     shutil.rmtree(draft)
     (out / "checkpoint.pt").unlink()
-    print(", ".join(f"{name} {value:.1f}" for name, value in record["cost"].items()))
     print(f"student saved to {out}")

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, BertConfig, BertModel
 
 import talas
-from cache_teacher import fingerprint
 from demo.tiny import tiny_student
+from support.files import digest
 
 ROOT = Path(__file__).parent.parent
 WORDS = product(
@@ -73,7 +73,7 @@ def small_cache(path):
         "pooling": "none",
         "max_length": 256,
         "version": 1,
-        "fingerprint": fingerprint(SENTENCES),
+        "fingerprint": digest(SENTENCES),
     }
     torch.save(content, path)
     return path

@@ -166,7 +166,7 @@ def test_each_sentence_keeps_its_source_and_its_row(teacher, gaps, capsys):
     [
         ("c.csv", '\ufeffsource,text\r\nx,"a, ""b""\nc"\r\n', ['a, "b"\nc'], ["x"]),
         ("c.csv", ",text,source\n0,i,wic\n7,a,sts\n", ["i", "a"], ["wic", "sts"]),
-        ("c.tsv", "text \t source\n\na, b\t\n", ["a, b"], ["c"]),
+        ("c.tsv", "text\tsource\n\na, b\t\n", ["a, b"], ["c"]),
         ("c.jsonl", '\n{"text": "\u2028\x85", "source": 3}\n', ["\u2028\x85"], ["3"]),
         ("c.txt", 'a "b, \r\n\nd\x0be', ['a "b, ', "", "d\x0be"], ["c"] * 3),
     ],

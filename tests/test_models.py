@@ -191,17 +191,13 @@ def test_what_is_saved_is_read_alike_by_all(kind, tmp_path):
     assert_same_vectors(pooled.detach(), expected)
 
 
-@pytest.mark.parametrize("kind, limit", [(ROBERTA, 64), (GPT2, 66)], ids=["roberta", "gpt2"])
-def test_a_long_sentence_is_cut_where_the_positions_end(kind, limit, tmp_path, capsys):
-    """A RoBERTa counts its 66 positions from 2."""
-    folder = build(tmp_path, kind)
+def test_a_long_sentence_is_cut_where_the_positions_end(tmp_path, capsys):
+    folder = build(tmp_path, GPT2)  # of 66 positions
     encoder = load_encoder(folder, max_length=500)
     long = " ".join(SENTENCES)
-    ids = token_ids(encoder, [long])[0]
-    assert len(ids) == limit
-    assert ids[:-1] == ids_alone(folder, [long])[0][: limit - 1]
-    assert embed(encoder, ["a", long]).isfinite().all()
-    assert f"1 of 2 sentences are cut after {limit} tokens" in capsys.readouterr().out
+    expected = ids_alone(folder, [long])[0][:66]
+    assert token_ids(encoder, ["a", long])[1] == expected
+    assert "1 of 2 sentences are cut after 66 tokens" in capsys.readouterr().out
 
 
 def test_sentences_are_cut_on_the_left_where_a_file_says_so(bert, tmp_path):
@@ -280,8 +276,6 @@ def test_weights_in_half_precision_become_float32(bert):
 def test_pooling_of_a_decoder(bert, tmp_path, ends_with_one_line):
     folder = build(tmp_path, LLAMA)
     ends_with_one_line(lambda: load_encoder(folder, "cls"), "decoder", "--pooling last")
-    write_files(bert, {"config.json": {"is_decoder": True}})
-    assert load_encoder(bert).pooling == "last"
 
 
 # -------------------------------------------------------------------------------- the tokenizer
@@ -299,11 +293,6 @@ def test_token_types_are_refused(bert, ends_with_one_line):
     ends_with_one_line(lambda: load_encoder(bert), "token types")
 
 
-def test_a_length_that_special_tokens_fill_is_refused(bert, ends_with_one_line):
-    """All sentences would have the same vector."""
-    ends_with_one_line(lambda: load_encoder(bert, max_length=2), "2 tokens leave no room")
-
-
 # ---------------------------------------------------------------------------------- the dry run
 def test_a_dry_run_leaves_no_file(bert, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", "/nowhere")  # it saves next to the output
@@ -319,7 +308,7 @@ def test_a_student_that_others_would_read_otherwise_is_refused(tmp_path, ends_wi
     change_tokenizer(folder, normalizer=Lowercase())
     encoder = load_encoder(folder)
     corpus = small_corpus(encoder, ["rose"] * 99 + ["The Rose"])
-    words = ["differently from tokenizer.json", "'The Rose'", "qwen2"]
+    words = ["rebuilds the tokenizer of a qwen2", "use another student"]
     ends_with_one_line(lambda: dry_run(encoder, corpus, tmp_path / "student"), *words)
 
 
@@ -394,15 +383,10 @@ def test_what_is_declared_is_followed_and_printed(files, pooling, max_length, be
     assert (asked.pooling, asked.max_length) == ("mean", 9)
 
 
-def test_a_declared_normalisation_is_kept_for_others(bert, tmp_path):
+def test_a_declared_normalisation_is_left_out(bert, tmp_path):
     declared = modules(TRANSFORMER, POOLING, NORMALIZE)
     encoder = load_encoder(write_files(bert, {"modules.json": declared, POOLING_CONFIG: MEAN}))
-    vectors = embed(encoder)
-    assert_same_vectors(vectors, embed_alone(bert, "mean"))
-    save_encoder(tmp_path / "saved", encoder)
-    theirs = by_sentence_transformers(tmp_path / "saved")
-    assert_same_vectors(theirs, vectors / vectors.norm(dim=1, keepdim=True))
-    assert load_encoder(tmp_path / "saved").normalize
+    assert_same_vectors(embed(encoder), embed_alone(bert, "mean"))
 
 
 def test_declared_lower_case_and_folders_are_followed_and_kept(tmp_path):

@@ -32,12 +32,12 @@ from helpers import (
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, BertModel
 
 import talas
-from cache_teacher import fingerprint
 from demo import tiny
 from support import run as runs
+from support.files import digest
 from support.loading import load_encoder
 from talas import Settings
 
@@ -258,7 +258,10 @@ def test_algorithm1_both_passes_of_a_step_draw_the_same_dropout(here):
 
 
 def test_new_projections_are_small_and_differ():
-    W, other_W = talas.new_projections(Settings(), tiny.tiny_student(SENTENCES, seed=0), d_T=80)
+    corpus = Mock(embeddings=torch.ones(48, 80))
+    corpus.encoder = tiny.tiny_student(SENTENCES, seed=0)
+    W, other_W = talas.new_projections(Settings(), corpus)
+    assert W.shape == (64, 80)
     assert W.std() == pytest.approx(1e-3, rel=0.05)
     assert (W - other_W).std() > 1e-3
 
@@ -348,7 +351,8 @@ def test_the_student_is_loaded_as_its_settings_say():
     assert encoder.pooling == "mean"
     assert encoder.max_length == 12
     assert encoder.model.device.type == "meta"
-    assert talas.new_projections(s, encoder, 8)[0].device.type == "meta"
+    corpus = Mock(encoder=encoder, embeddings=torch.ones(48, 8))
+    assert talas.new_projections(s, corpus)[0].device.type == "meta"
 
 
 def test_the_seed_gives_tiny_its_weights():
@@ -390,9 +394,8 @@ def test_a_run_leaves_the_student_and_its_record(here):
     record = json.loads(Path("out/talas.json").read_text())
     assert record["settings"] == asdict(talas.parse_settings(command_line(**settings)))
     assert record["teacher"] == "random"
-    assert record["corpus"] == fingerprint(SENTENCES)
+    assert record["corpus"] == digest(SENTENCES)
     assert record["versions"]["torch"] == torch.__version__
-    assert record["cost"] == runs.cost("out")
     assert metrics("out")[1] == [{"end_of_epoch": 1, "step": 3}]
     names = {path.name for path in Path("out").iterdir()}
     assert not names & {"checkpoint.pt", ".saving"}
@@ -402,35 +405,24 @@ def test_without_tamd_a_corpus_is_enough(here):
     run(epochs=1, lambda2=0, teacher="corpus.jsonl")
     assert torch.load("out/projections.pt") == []
     record = json.loads(Path("out/talas.json").read_text())
-    assert record["teacher"] is None
-    assert record["corpus"] == fingerprint(SENTENCES)
+    assert record["teacher"] == "none"
+    assert record["corpus"] == digest(SENTENCES)
 
 
 def test_the_card_names_base_model_method_task_and_example(tmp_path):
     path = tmp_path / "README.md"
-    record = {"teacher": "BAAI/bge-m3", "settings": {"lr": 0.1}, "cost": {"ms_per_step": 2.5}}
+    record = {"teacher": "BAAI/bge-m3", "settings": {"lr": 0.1}}
     s = Settings(student="google-bert/bert-base-uncased", output="runs/my-student")
     runs.write_card(path, s, record)
     card = ModelCard.load(path)
     assert card.data.base_model == "google-bert/bert-base-uncased"
     assert card.data.pipeline_tag == "sentence-similarity"
     assert card.data.library_name == "sentence-transformers"
-    for words in ("`BAAI/bge-m3`", "Method: TALAS", '("my-student")', '"lr": 0.1', " 2.5"):
+    for words in ("`BAAI/bge-m3`", "Method: TALAS", '("my-student")', '"lr": 0.1'):
         assert words in card.text
 
 
 # ------------------------------------------------------------------------------ Table 3: the cost
-def test_table3_time_and_memory_by_hand(tmp_path):
-    """The median time without the first tenth; the mean, the peak and the spread of memory."""
-    times = [900, 800, *range(1, 19)]
-    memory = [10, 30] * 10
-    lines = [{"ms_per_step": ms, "memory_mb": mb} for ms, mb in zip(times, memory)]
-    lines.insert(5, {"step": 1, "end_of_epoch": 1})
-    write_files(tmp_path, {"metrics.jsonl": lines})
-    cost = {"ms_per_step": 9.5, "mean_mb": 20, "peak_mb": 30, "std_mb": 10}
-    assert runs.cost(tmp_path) == cost
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_table3_memory_is_in_megabytes():
     status = Path("/proc/self/status").read_text()
@@ -508,8 +500,9 @@ def test_the_earlier_student_is_not_scored_while_it_is_overwritten(folder, ends_
 )
 def test_a_disk_that_is_full_at_the_end_costs_nothing(error, folder, ends_with_one_line):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(talas, "save_encoder", Mock(side_effect=error))
-        ends_with_one_line(run, "cannot write out", "disk full")
+        save = Mock(side_effect=[None, error])  # the dry run's goes well
+        patch.setattr(BertModel, "save_pretrained", save)
+        ends_with_one_line(run, "cannot save the student in out", "disk full")
     run(resume=True)
     assert result("out") == result("whole")
 
@@ -522,7 +515,7 @@ def test_a_disk_that_is_full_at_the_end_costs_nothing(error, folder, ends_with_o
         pytest.param({}, {"embeddings": torch.ones(48, 8)}, id="the targets"),
         pytest.param(
             {},
-            {"sentences": SENTENCES[::-1], "fingerprint": fingerprint(SENTENCES[::-1])},
+            {"sentences": SENTENCES[::-1], "fingerprint": digest(SENTENCES[::-1])},
             id="the sentences",
         ),
     ],
@@ -542,11 +535,6 @@ def test_a_run_is_not_resumed_with_another_setting(folder, ends_with_one_line):
         checkpoint = runs.Checkpoint(other, Mock(), None, None, None)
         line = f"--{name}: it was {value}, now it is other"
         ends_with_one_line(checkpoint.start_or_resume, line)
-
-
-def test_a_line_of_the_log_that_was_cut_off_is_skipped(tmp_path):
-    write_files(tmp_path, {"metrics.jsonl": '{"step": 3}\n{"step": 6, "lo'})
-    assert runs.read_metrics(tmp_path) == [{"step": 3}]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ from torch import allclose, as_tensor  # by name: a submission can replace those
 from torch.nn import Parameter
 
 import cache_teacher
-from support.data import DEMO
-from support.run import read_metrics
+from support.data import DEMO, read_table
 
 CHECKS = json.loads(Path(__file__).with_name("checks.json").read_text("utf-8"))
 NOTES = []  # what the current check has compared
@@ -364,9 +363,11 @@ def ten_steps(talas):
             output = f"{folder}/{optimizer}"
             flags = f"--teacher {cache} --output {output} --optimizer {optimizer}"
             talas.main([*flags.split(), "--batch_size", "8", "--epochs", "2"])
-            before, after = [line["tamd"] for line in read_metrics(output) if "tamd" in line]
+            before, after = [
+                line["tamd"] for line in read_table(f"{output}/metrics.jsonl") if "tamd" in line
+            ]
             limit = 0.95 * before
             compare(after, f"below {limit}", f"{optimizer}, tamd after ten steps", after < limit)
         talas.main([*flags.split(), "--batch_size", "8", "--overwrite", "--sharpness"])
-        x = read_metrics(output)[-1]["lambda_max"]
+        x = read_table(f"{output}/metrics.jsonl")[-1]["lambda_max"]
         compare(x, "above 0", "λ_max after five steps", 0 < x < 1e9)

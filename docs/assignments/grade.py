@@ -29,11 +29,9 @@ try:
     import checks
     import torch
 
-    from cache_teacher import fingerprint
     from support import attempt, fail
-    from support.data import unique_corpus
-    from support.files import check_output, read_json, write_json
-    from support.run import read_metrics
+    from support.data import read_table, unique_corpus
+    from support.files import check_output, digest, read_json, write_json
 except ModuleNotFoundError as error:
     advice = "install requirements.txt, and run grade.py in the folder that make.py writes"
     print(f"error: {error}; {advice}", file=sys.stderr)
@@ -162,11 +160,11 @@ def check_budget(folder):
         student = record["settings"]["student"]
         batch = record["settings"]["batch_size"]
         teacher, corpus = record["teacher"], record["corpus"]
-        steps = max(line["step"] for line in read_metrics(folder))
+        steps = max(line["step"] for line in read_table(folder / "metrics.jsonl"))
     if student != "tiny":
         fail(f"{folder}: --student {student}; only tiny, from scratch, counts")
     sentences, *_ = unique_corpus("demo")
-    if teacher != "lsa" or corpus != fingerprint(sentences):
+    if teacher != "lsa" or corpus != digest(sentences):
         fail(f"{folder}: another teacher or corpus; only the demo's teacher.pt counts")
     if steps > STEPS or batch > BATCH:
         fail(f"{folder}: {steps} steps of {batch} sentences; at most {STEPS} of {BATCH} count")
