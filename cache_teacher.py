@@ -18,7 +18,7 @@ from demo.lsa import fit_lsa
 from support import attempt, fail, interruptible, positive
 from support.data import unique_corpus
 from support.encoder import Encoder, encode, tokenize
-from support.files import check_output, digest, load, save
+from support.files import check_output, digest, keep_apart, load, save
 from support.loading import load_encoder
 from support.run import pick_device
 
@@ -182,7 +182,8 @@ def parse_args(argv):
     flag("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
     flag("--seed", type=int, default=42, help="of the paper corpus's sample")
     args = parser.parse_args(argv)
-    check_output("--output", args.output, teacher=args.teacher, corpus=args.corpus)
+    check_output("--output", args.output)
+    keep_apart(args.output, "--teacher", args.teacher)
     if not args.output.endswith(".pt"):
         fail(f"--output {args.output}: the name of a cache ends with .pt")
     return args

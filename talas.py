@@ -179,7 +179,7 @@ def embed(encoder, tokens, s, views=1):
     sentences of similar length, which need less padding; the result is the same.
     """
     tokens = {name: t.repeat(views, 1) for name, t in tokens.items()}  # (views N, T)
-    pooled = pooled_layers(encoder, tokens, s.precision)  # L of (views N, d_S), no embedding layer
+    pooled = pooled_layers(encoder, tokens, s.precision)[1:]  # L of (views N, d_S); [0]: embeddings
     return [E.unflatten(0, (views, -1)) for E in pooled]
 
 
@@ -400,12 +400,18 @@ def largest_hessian_eigenvalue(losses, parameters, tolerance=3e-3, vectors=8, se
         v = torch.from_numpy(v).to(w)  # of w's device and type
         return hessian_vector_product(losses, parameters, v).cpu().numpy()
 
-    H = LinearOperator((len(w), len(w)), matvec=matvec, dtype=start.numpy().dtype)
-    ncv = min(vectors, len(w))
-    eigenvalues = eigsh(
-        H, k=1, which="LA", ncv=ncv, tol=tolerance, v0=start.numpy(), return_eigenvectors=False
+    v0 = start.numpy()
+    H = LinearOperator((len(w), len(w)), matvec=matvec, dtype=v0.dtype)
+    [lambda_max] = eigsh(
+        H,
+        k=1,
+        which="LA",
+        ncv=min(vectors, len(w)),
+        tol=tolerance,
+        v0=v0,
+        return_eigenvectors=False,
     )
-    return float(eigenvalues[0])
+    return float(lambda_max)
 
 
 def loss_without_terms(objective, tokens, teacher):

@@ -43,7 +43,7 @@ class Released(talas.Objective):
                 torch.manual_seed(int(torch.randint(2**62, ())))  # not the first pass's masks
             self.second_pass = not self.second_pass
         twice = {name: values.repeat(2, 1) for name, values in tokens.items()}  # (2N, T)
-        pooled = pooled_layers(self.encoder, twice, self.s.precision, from_layer=0)
+        pooled = pooled_layers(self.encoder, twice, self.s.precision)
         layers = [E.unflatten(0, (2, -1)) for E in pooled]  # L + 1 of (2, N, d_S)
         loss, terms = talas.total_loss(layers, self.projections, teacher, self.s)
         return loss, terms | {"loss": loss}

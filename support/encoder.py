@@ -62,9 +62,7 @@ class Encoder:
 
     def identity(self):
         """A hash of what its embeddings depend on, but for the weights."""
-        config = self.model.config.to_diff_dict()
-        config.pop("transformers_version", None)
-        return digest([config, self.tokenizer.to_str(), self.pooling])
+        return digest(self.model.config.to_diff_dict(), self.tokenizer.to_str(), self.pooling)
 
 
 def tokenize(encoder, sentences):
@@ -77,7 +75,7 @@ def tokenize(encoder, sentences):
     for i in range(0, len(sentences), SLICE):
         for encoding in encoder.tokenizer.encode_batch(sentences[i : i + SLICE]):
             tokens.append(np.array(encoding.ids, np.int32))
-            cut += len(encoding.overflowing) > 0
+            cut += bool(encoding.overflowing)
     if cut:
         print(f"{cut} of {len(sentences)} sentences are cut after {encoder.max_length} tokens")
     return tokens
@@ -96,24 +94,23 @@ def pad(tokens, rows, model):
     }
 
 
-def pooled_layers(encoder, tokens, precision="float32", from_layer=1):
-    """Pooled states after each layer of a right-padded batch: L of (N, d). Layer 0: embeddings.
+def pooled_layers(encoder, tokens, precision="float32"):
+    """Pooled states of a right-padded batch: layer 0, the embeddings, to layer L, each (N, d).
 
     On a CPU the batch is split into pieces of similar length. In training, matrix products use
     `precision`.
     """
     model = encoder.model
-    on_cpu = model.device.type == "cpu"
     use_bfloat16 = precision == "bfloat16" and model.training
     lengths = tokens["attention_mask"].sum(1)
     order = lengths.argsort(stable=True)
     pieces = []  # the L pooled layers of each piece
-    for rows in order.split(PIECE if on_cpu else len(order)):
-        longest = lengths[rows[-1]] if on_cpu else None  # a GPU need not wait for that number
+    for rows in order.split(PIECE if model.device.type == "cpu" else len(order)):
+        longest = lengths[rows[-1]]
         piece = {name: values[rows, :longest] for name, values in tokens.items()}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=use_bfloat16):
             output = model(**piece, output_hidden_states=True)
-        states = list(output.hidden_states[from_layer:])
+        states = list(output.hidden_states)
         states[-1] = output.last_hidden_state  # in some models the last norm is in this one alone
         mask = piece["attention_mask"]
         pieces.append([pool(hidden.to(model.dtype), mask, encoder.pooling) for hidden in states])
@@ -134,8 +131,8 @@ def encode(encoder, tokens, batch_size, label=None, file=None):
     n = len(tokens)
     order = np.argsort([-len(ids) for ids in tokens], kind="stable")
     row_bytes = 4 * encoder.dimensions
-    written = file.seek(0, os.SEEK_END) // row_bytes
-    done = written // batch_size * batch_size  # whole batches
+    batches_done = file.seek(0, os.SEEK_END) // (row_bytes * batch_size)
+    done = batches_done * batch_size
     file.truncate(done * row_bytes)
     with progress(n, "sent", label, initial=done) as bar:
         for start in range(done, n, batch_size):
@@ -147,9 +144,8 @@ def encode(encoder, tokens, batch_size, label=None, file=None):
                     f"{label}: embeddings in {model.dtype} are not finite; is the model damaged, "
                     "or the type too small for it?"
                 )
-            with attempt("write embeddings", OSError):
-                file.write(vectors.numpy())
-                file.flush()
+            file.write(vectors.numpy())
+            file.flush()
             bar.update(len(vectors))
     rows = np.memmap(file, np.float32, "r", shape=(n, encoder.dimensions))  # in that order
     return torch.from_numpy(rows[order.argsort()])
@@ -167,7 +163,6 @@ def save_encoder(folder, encoder):
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # which reads tokenizer.json as it is
         "model_max_length": encoder.max_length,
-        "padding_side": "right",
         "truncation_side": encoder.tokenizer.truncation["direction"],
         "model_input_names": ["input_ids", "attention_mask"],
         **encoder.special_tokens,
@@ -189,8 +184,6 @@ def dry_run(encoder, corpus, output):
     Ends the program if that fails, or if transformers reads other token ids from what was saved
     than the encoder is trained with.
     """
-    if not encoder.special_tokens["pad_token"]:
-        fail("the student has no token to pad with; name a pad_token in its tokenizer_config.json")
     with (
         attempt(f"write next to --output {output}", OSError),
         tempfile.TemporaryDirectory(prefix=".trial-", dir=Path(output).parent) as folder,

@@ -52,26 +52,20 @@ def read_json(path):
         return json.loads(path.read_text("utf-8"))
 
 
-def load(path, mmap=True):
-    """torch.load of tensors and plain values; it runs no code from the file.
-
-    With `mmap` the tensors stay on disk.
-    """
-    with attempt(f"read {path}", OSError):
-        open(path, "rb").close()
+def load(path):
+    """torch.load of tensors, which stay on disk, and plain values; it runs no code of the file."""
     try:
-        return torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
+        return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except READ_ERRORS:  # torch's own message advises to run the file's code
         fail(
-            f"cannot read {path}: it is not a file of tensors and plain values by torch.save, or "
-            "not all of it (an interrupted download, a Git LFS pointer?)"
+            f"cannot read {path}: there is no such file, or it is not one of tensors and plain "
+            "values by torch.save, or not all of it (an interrupted download, a Git LFS pointer?)"
         )
 
 
-def check_output(flag, path, **inputs):
-    """End the program if no file can be written to `path`. inputs: other flags and their paths."""
-    keep_apart(flag, path, **inputs)
-    if os.path.exists(path) and not os.path.isfile(path):
+def check_output(flag, path):
+    """End the program if no file can be written to the path of a flag."""
+    if os.path.isdir(path):
         fail(f"{flag} {path} is not a file; give the name of a file")
     partial = Path(f"{path}.partial")
     with attempt(f"write {flag} {path}"):
@@ -79,11 +73,10 @@ def check_output(flag, path, **inputs):
         partial.unlink()
 
 
-def keep_apart(flag, output, **inputs):
-    """End the program if the output is one of the inputs: other flags and their paths."""
-    for name, path in inputs.items():
-        if os.path.exists(path) and os.path.realpath(path) == os.path.realpath(output):
-            fail(f"{flag} {output} is the --{name} itself; choose another {flag}")
+def keep_apart(output, flag, path):
+    """End the program if --output is the path of another flag."""
+    if os.path.exists(path) and os.path.realpath(path) == os.path.realpath(output):
+        fail(f"--output {output} is the {flag} itself; choose another --output")
 
 
 def digest(*parts):

@@ -14,7 +14,10 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.normalizers import Lowercase, Sequence
 from transformers import AutoConfig, AutoModel, AutoTokenizer, logging
-from transformers.models.auto import modeling_auto as registry
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from support import attempt, fail
 from support.encoder import POOLING_FLAGS, Encoder, pad, pooled_layers
@@ -28,8 +31,8 @@ ADVICE = (
     "choose another student; as a teacher, embed with sentence-transformers and give the array "
     "(cache_teacher.py --teacher X.npy)"
 )
-ALL_BUT_WEIGHTS = ["*.json", "*.txt", "*.model", "*.bpe", "*.codes"]
-WEIGHT_COPIES = ["onnx/*", "openvino/*", "original/*", "consolidated*"]
+FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # of a model on the Hub
+COPIES = ["onnx/*", "openvino/*", "original/*", "consolidated*"]  # of the weights
 THEIR_MODE = {"cls": "cls", "mean": "mean", "last": "lasttoken"}  # pooling -> pooling_mode
 BUFFERS = ("attn.bias", "attention.bias", "masked_bias", "inv_freq")  # in older files of weights
 
@@ -39,12 +42,10 @@ def model_folder(name):
     if Path(name).exists():
         return Path(name)
     with attempt(f"find {name}: no such folder; on the Hub (offline: `hf download` it before)"):
-        for weights in ("*.safetensors", "*.bin"):
-            wanted = [*ALL_BUT_WEIGHTS, weights]
-            folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=WEIGHT_COPIES)
-            if list(Path(folder).rglob(weights)):
-                break
-        return Path(folder)
+        folder = Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=COPIES))
+        if not list(folder.rglob("*.safetensors")):
+            snapshot_download(name, allow_patterns="*.bin", ignore_patterns=COPIES)
+        return folder
 
 
 class Declarations(NamedTuple):
@@ -59,9 +60,9 @@ class Declarations(NamedTuple):
 def read_declarations(root):
     """The Declarations of a model's folder. What is not implemented here ends the program."""
     path = root / "modules.json"
-    if not path.exists():
-        return Declarations(root)
     modules = read_json(path)
+    if not modules:
+        return Declarations(root)
     types = [module["type"] for module in modules]
     folders = [root / module["path"] for module in modules]
     names = [t.rpartition(".")[2] for t in types if t.startswith("sentence_transformers.")]
@@ -99,7 +100,7 @@ def read_pooling(path):
 
 
 def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, device="cpu"):
-    """The Encoder of a Hub id or a directory; prints its pooling, and why that one.
+    """The Encoder of a Hub id or a directory; prints its pooling.
 
     max_length: tokens; dtype: of the loaded weights, whatever type the files hold. Ends the program
     with one line if the model is not understood well enough for its embeddings to be right.
@@ -110,9 +111,8 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
     declared = read_declarations(root)
     model = load_model(name, declared.folder, dtype).to(device)
     tokenizer, library = load_tokenizer(name, declared)
-    limit = declared.max_length or library.model_max_length  # which is huge if no file has it
-    positions = getattr(model.config, "max_position_embeddings", limit)
-    limit = min(max_length, limit, positions)
+    # model_max_length is huge if no file has it
+    limit = min(max_length, declared.max_length or library.model_max_length)
     tokenizer.enable_truncation(limit, direction=library.truncation_side)
     pooling = choose_pooling(name, model.config, pooling, declared.pooling)
     encoder = Encoder(
@@ -123,15 +123,13 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
         max_length=limit,
     )
     layers = try_forward(name, encoder)
-    return replace(encoder, layers=len(layers), dimensions=layers[-1].shape[1])
+    return replace(encoder, layers=len(layers) - 1, dimensions=layers[-1].shape[1])
 
 
 def load_model(name, folder, dtype):
     """The model itself, with all its weights."""
     path = folder / "config.json"
     settings = read_json(path)
-    if (folder / "adapter_config.json").exists():
-        fail(f"{folder / 'adapter_config.json'}: adapters are not implemented; merge it first")
     for key in ("auto_map", "quantization_config"):  # code of the model's own; quantised weights
         if settings.get(key):
             fail(f"{path}: {key} is not implemented; {ADVICE}")
@@ -190,11 +188,10 @@ def load_tokenizer(name, declared):
     encoding = tokenizer.encode("a")
     if any(encoding.type_ids):
         fail(f"{name}: its tokenizer gives token types, which are not implemented; {ADVICE}")
-    config_path = folder / "tokenizer_config.json"
-    settings = read_json(config_path)
+    settings = read_json(folder / "tokenizer_config.json")
     for key, position in {"add_bos_token": 0, "add_eos_token": -1}.items():
         if settings.get(key) and not encoding.special_tokens_mask[position]:
-            fail(f"{config_path}: {key} is true, but tokenizer.json adds no such token; {ADVICE}")
+            fail(f"{name}: {key} is true, but its tokenizer.json adds no such token; {ADVICE}")
     if declared.lower_case:  # as sentence-transformers does it
         tokenizer.normalizer = Sequence([Lowercase(), tokenizer.normalizer or Sequence([])])
     return tokenizer, library
@@ -203,50 +200,45 @@ def load_tokenizer(name, declared):
 def special_tokens_of(library, tokenizer):
     """Those in the vocabulary, such as {"pad_token": "[PAD]"}; a decoder may pad with [EOS]."""
     vocabulary = tokenizer.get_vocab()
-    tokens = {}
-    for role, token in library.special_tokens_map.items():
-        if str(token) in vocabulary:
-            tokens[role] = token
+    roles = library.special_tokens_map
+    tokens = {role: token for role, token in roles.items() if str(token) in vocabulary}
     tokens.setdefault("pad_token", tokens.get("eos_token"))
     return tokens
 
 
 def is_decoder(config):
     """Whether a token sees only those before it."""
-    causal = config.model_type in registry.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    masked = config.model_type in registry.MODEL_FOR_MASKED_LM_MAPPING_NAMES  # BERT is in both
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES  # BERT is in both
     return causal and not masked
 
 
 def choose_pooling(name, config, requested, declared):
     """The pooling asked for, else the declared one, else a decoder's last token, else [CLS]."""
     if requested != "auto":
-        pooling, reason = requested, "as asked"
+        pooling = requested
     elif declared:
-        pooling, reason = declared, "from its sentence-transformers files"
-    elif is_decoder(config):
-        pooling, reason = "last", "it is a decoder"
+        pooling = declared
     else:
-        pooling, reason = "cls", "it is an encoder"
+        pooling = "last" if is_decoder(config) else "cls"
     if pooling == "cls" and is_decoder(config):
         fail(f"the first token of {name}, a decoder, does not see the others; try --pooling last")
-    print(f"{name}: {pooling} pooling, {reason}")
+    print(f"{name}: {pooling} pooling")
     return pooling
 
 
 @torch.inference_mode()
 def try_forward(name, encoder):
-    """The pooled layers of two sentences: L of (2, d).
+    """The pooled layers of two sentences: L + 1 of (2, d).
 
     Ends the program if a sentence's vector depends on its batch: some models see padding in spite
     of the mask.
     """
     tokens = [np.arange(1, 4), np.arange(1, 10)]  # two sentences: of 3 and of 9 tokens
-    alone = pooled_layers(encoder, pad(tokens, [0], encoder.model))
+    alone = pooled_layers(encoder, pad(tokens, [0], encoder.model))[-1][0]
     layers = pooled_layers(encoder, pad(tokens, [0, 1], encoder.model))
-    vector = alone[-1][0].float()
-    difference = layers[-1][0].float() - vector
+    beside = layers[-1][0]
     tolerance = 1e-4 if encoder.model.dtype == torch.float32 else 0.1  # half precision rounds
-    if difference.norm() > tolerance * vector.norm():
+    if (beside - alone).norm() > tolerance * alone.norm():
         fail(f"{name}: a sentence's embedding changes when it is batched with a longer one")
     return layers

@@ -23,16 +23,12 @@ from support.files import digest, keep_apart, load, save, write_json
 
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl
 RESUME_ADVICE = "the same command with --resume continues (without it, if there is no output yet)"
-DIVERGED_ADVICE = "try a lower --lr or --rho, with another --output"
-ABOVE_0 = {  # settings, also of study/'s methods, that must be above 0; other numbers may be 0
+ABOVE_0 = {  # settings that must be above 0; other numbers may be 0
     "temperature",
-    "student_temperature",
-    "teacher_temperature",
     "anchored_layers",
     "lr",
     "projection_lr_scale",
     "epochs",
-    "projection_epochs",
     "batch_size",
     "max_length",
 }
@@ -117,11 +113,9 @@ def seed_of(*parts):
 def check_settings(s):
     """End the program if a setting has no meaning."""
     for name, value in asdict(s).items():
-        if type(value) not in (int, float):  # such as text, or a bool
-            continue
-        if name in ABOVE_0 and not value > 0:
+        if name in ABOVE_0 and not value > 0:  # which is true for NaN
             fail(f"--{name} {value}: it must be above 0")
-        if not value >= 0:  # true for NaN
+        if type(value) in (int, float) and not value >= 0:
             fail(f"--{name} {value}: it must be at least 0")
     if s.warmup_ratio > 1:
         fail(f"--warmup_ratio {s.warmup_ratio}: it is a fraction of the steps, at most 1")
@@ -135,8 +129,10 @@ def check_fit(s, corpus):
     """End the program if the settings do not fit the student or the corpus."""
     L = corpus.encoder.layers
     if len(corpus) < s.batch_size * processes():
-        in_each = f" in each of {processes()} processes" if processes() > 1 else ""
-        fail(f"--batch_size {s.batch_size}{in_each}: the corpus has only {len(corpus)} sentences")
+        fail(
+            f"--batch_size {s.batch_size}, processes: {processes()}; the corpus has only "
+            f"{len(corpus)} sentences"
+        )
     if s.lambda2 and s.anchored_layers > L:
         fail(f"--anchored_layers {s.anchored_layers}: {s.student} has {L} layers")
     chained_layers = s.lasd_layers or L
@@ -148,14 +144,14 @@ def check_fit(s, corpus):
 
 
 def interrupted(folder):
-    """Whether a folder holds an unfinished run, even one without a checkpoint yet."""
+    """Whether a folder holds an unfinished run: talas.json is written last."""
     names = {path.name for path in Path(folder).glob("*")}
-    return "metrics.jsonl" in names and ("checkpoint.pt" in names or "talas.json" not in names)
+    return "metrics.jsonl" in names and "talas.json" not in names
 
 
 def check_output_folder(s):
     """End the program if the output folder holds something that must not be touched."""
-    keep_apart("--output", s.output, student=s.student, teacher=s.teacher)
+    keep_apart(s.output, "--student", s.student)
     out = Path(s.output)
     names = {path.name for path in out.glob("*")}
     if s.resume:
@@ -198,7 +194,7 @@ class Checkpoint:
             self.path.parent.mkdir(exist_ok=True)
             self.log.write_text("")
             return 0
-        saved = load(self.path, mmap=False)
+        saved = load(self.path)
         for name, value in self.facts.items():
             saved_value = saved["facts"].get(name)
             if value != saved_value:
@@ -210,18 +206,15 @@ class Checkpoint:
 
     def save(self, epoch):
         """Write the state after `epoch` epochs, whole or not at all."""
-        states = {name: part.state_dict() for name, part in self.parts.items()}
-        for weights in states["weights"].values():
-            if not weights.isfinite().all():
-                fail(f"epoch {epoch} left weights that are not finite; {DIVERGED_ADVICE}")
-        if rank() == 0:
-            content = {
-                "epoch": epoch,
-                "facts": self.facts,
-                "states": states,
-                "log_size": self.log.stat().st_size,
-            }
-            save(self.path, content)
+        if rank() > 0:
+            return
+        content = {
+            "epoch": epoch,
+            "facts": self.facts,
+            "states": {name: part.state_dict() for name, part in self.parts.items()},
+            "log_size": self.log.stat().st_size,
+        }
+        save(self.path, content)
 
 
 def progress(total, unit, label=None, initial=0):
@@ -276,7 +269,10 @@ class Log:
             distributed.all_reduce(rows)
         if not rows.isfinite().all():
             self.bar.close()
-            fail(f"the loss is not finite at step {self.count} or before; {DIVERGED_ADVICE}")
+            fail(
+                f"the loss is not finite at step {self.count} or before; try a lower --lr or "
+                "--rho, with another --output"
+            )
         means = dict(zip(names, (rows.mean(0) / processes()).tolist()))
         seconds = time.perf_counter() - self.clock
         line = {"step": self.count, "epoch": math.ceil(self.count / self.steps)} | means
@@ -284,7 +280,6 @@ class Log:
         line["ms_per_step"] = 1000 * seconds / len(rows)
         line["memory_mb"] = memory_mb(self.device)
         self.write(line)
-        self.bar.set_postfix(loss=means["loss"], refresh=False)
         self.values = []
         self.clock = time.perf_counter()
 
@@ -301,25 +296,19 @@ class Log:
 
 
 # ------------------------------------------------------------------------------ what a run leaves
-def write_card(path, s, record):
+def write_card(path, s, teacher):
     """A model card for the Hub; it names the base model if the student came from the Hub."""
     base_model = ""
     if s.student != "tiny" and not Path(s.student).exists():
         base_model = f"base_model: {s.student}\n"
     template = Path(__file__).with_name("card.md").read_text("utf-8")
-    card = template.format(
-        base_model=base_model,
-        name=Path(s.output).name,
-        student=s.student,
-        teacher=record["teacher"],
-        method=getattr(s, "method", "TALAS"),
-        record=json.dumps(record, indent=2),
-    )
+    method = getattr(s, "method", "TALAS")
+    card = template.format(s=s, teacher=teacher, method=method, base_model=base_model)
     path.write_text(card, encoding="utf-8")
 
 
 def publish(s, cache, draft):
-    """Add talas.json and the card to a draft, and move its files into the output folder."""
+    """Add the card to a draft, move its files into the output folder, and write talas.json."""
     out = Path(s.output)
     record = {
         "settings": asdict(s),
@@ -327,11 +316,11 @@ def publish(s, cache, draft):
         "corpus": cache["fingerprint"],
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    write_json(draft / "talas.json", record)
     card = out / "README.md"
     if not card.exists() or CARD_MARK in card.read_text("utf-8", "replace"):
-        write_card(draft / "README.md", s, record)
+        write_card(draft / "README.md", s, cache["teacher"])
     shutil.copytree(draft, out, copy_function=os.replace, dirs_exist_ok=True)  # moves whole files
     shutil.rmtree(draft)
+    write_json(out / "talas.json", record)
     (out / "checkpoint.pt").unlink()
     print(f"student saved to {out}")

@@ -154,7 +154,7 @@ all_kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.model_t
 def test_a_model_is_read_as_its_authors_meant_it(kind, tmp_path, capsys):
     folder = build(tmp_path, kind)
     encoder = load_encoder(folder)
-    assert f"{kind.pooling} pooling, it is a" in capsys.readouterr().out
+    assert f"{kind.pooling} pooling" in capsys.readouterr().out
     assert token_ids(encoder) == ids_alone(folder)
     expected = embed_alone(folder, kind.pooling)
     assert_same_vectors(embed(encoder), expected)
@@ -163,8 +163,8 @@ def test_a_model_is_read_as_its_authors_meant_it(kind, tmp_path, capsys):
     batch = pad(tokenize(encoder, TEXTS), rows, encoder.model)
     with torch.no_grad():
         layers = pooled_layers(encoder, batch)
-    assert len(layers) == encoder.layers
-    assert_same_vectors(layers[0], embed_alone(folder, kind.pooling, layer=1)[rows])
+    assert len(layers) == 1 + encoder.layers
+    assert_same_vectors(layers[1], embed_alone(folder, kind.pooling, layer=1)[rows])
     assert_same_vectors(layers[-1], expected[rows])
 
 
@@ -189,15 +189,6 @@ def test_what_is_saved_is_read_alike_by_all(kind, tmp_path):
     hidden = AutoModel.from_pretrained(saved)(**batch).last_hidden_state
     pooled = pool(hidden, batch["attention_mask"], kind.pooling)
     assert_same_vectors(pooled.detach(), expected)
-
-
-def test_a_long_sentence_is_cut_where_the_positions_end(tmp_path, capsys):
-    folder = build(tmp_path, GPT2)  # of 66 positions
-    encoder = load_encoder(folder, max_length=500)
-    long = " ".join(SENTENCES)
-    expected = ids_alone(folder, [long])[0][:66]
-    assert token_ids(encoder, ["a", long])[1] == expected
-    assert "1 of 2 sentences are cut after 66 tokens" in capsys.readouterr().out
 
 
 def test_sentences_are_cut_on_the_left_where_a_file_says_so(bert, tmp_path):
@@ -319,12 +310,6 @@ def test_a_student_that_cannot_be_saved_is_refused(bert, tmp_path, ends_with_one
     ends_with_one_line(lambda: dry_run(encoder, corpus, output), str(output), "No such file")
 
 
-def test_a_student_without_a_token_to_pad_with_is_refused(tmp_path, ends_with_one_line):
-    encoder = load_encoder(build(tmp_path, replace(GPT2, tokenizer_config={})))
-    corpus = small_corpus(encoder)
-    ends_with_one_line(lambda: dry_run(encoder, corpus, tmp_path / "s"), "pad_token")
-
-
 # ------------------------------------------------------- what sentence-transformers' files declare
 TRANSFORMER = "sentence_transformers.models.Transformer"
 POOLING = "sentence_transformers.models.Pooling"
@@ -373,10 +358,9 @@ NEW_FILES = {
         (NEW_FILES, "last", 64),
     ],
 )
-def test_what_is_declared_is_followed_and_printed(files, pooling, max_length, bert, capsys):
+def test_what_is_declared_is_followed(files, pooling, max_length, bert):
     write_files(bert, {"modules.json": modules(TRANSFORMER, POOLING)} | files)
     encoder = load_encoder(bert)
-    assert f"{pooling} pooling, from its sentence-transformers files" in capsys.readouterr().out
     assert (encoder.pooling, encoder.max_length) == (pooling, max_length)
     assert_same_vectors(embed(encoder), by_sentence_transformers(bert))
     asked = load_encoder(bert, "mean", 9)
@@ -426,7 +410,6 @@ def test_declared_lower_case_and_folders_are_followed_and_kept(tmp_path):
         ({"config.json": {"auto_map": {"AutoModel": "x.Y"}}}, "config.json: auto_map"),
         ({"config.json": {"quantization_config": {"bits": 4}}}, "config.json: quantization_config"),
         ({"config.json": {"attn_implementation": "flash_attention_2"}}, "FlashAttention2"),
-        ({"adapter_config.json": {"r": 8}}, "adapters"),
     ],
 )
 def test_what_would_change_embeddings_is_refused(changes, words, bert, ends_with_one_line):
@@ -438,7 +421,7 @@ def test_what_would_change_embeddings_is_refused(changes, words, bert, ends_with
 @pytest.mark.parametrize("key", ["add_bos_token", "add_eos_token"])
 def test_an_end_that_tokenizer_json_does_not_add_is_refused(key, tmp_path, ends_with_one_line):
     folder = write_files(build(tmp_path, GPT2), {TOKENIZER_CONFIG: {key: True}})
-    ends_with_one_line(lambda: load_encoder(folder), TOKENIZER_CONFIG, key)
+    ends_with_one_line(lambda: load_encoder(folder), key)
 
 
 # ---------------------------------------------------------------------------------------- the Hub
@@ -449,12 +432,12 @@ def test_weights_in_the_old_format_are_downloaded_where_there_are_no_others(bert
     requests = []
 
     def download(name, allow_patterns, ignore_patterns):
-        requests.append(allow_patterns[-1])
+        requests.append("*.bin" in allow_patterns)
         return bert
 
     monkeypatch.setattr("support.loading.snapshot_download", download)
     assert torch.equal(embed(load_encoder("hub/model")), expected)
-    assert requests == ["*.safetensors", "*.bin"]
+    assert requests == [False, True]
 
 
 def test_what_was_downloaded_runs_without_a_network(bert, ends_with_one_line):

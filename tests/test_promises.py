@@ -31,7 +31,7 @@ FILES = {
     "no-text.csv": "txt,source\na,b\n",
     "few-fields.csv": "text,source\na,b\nc\n",
     "comma.csv": "text,source\na, b,c\n",
-    "quotation.tsv": 'text\na\n"b\nc"\nd\n',
+    "quotation.tsv": 'text\na\n"b\nc" d\n',
     "cut.jsonl": '{"text": "a"}\n{"text": "b',
     "utf-16.txt": "a dog".encode("utf-16"),
     "three.txt": "a dog\na cat\na bird\n",
@@ -65,6 +65,7 @@ def write_arrays_and_caches():
     """Right ones, e.npy and teacher.pt, changed in one way each."""
     array = random_rows(48, 4, dtype=torch.float32)
     np.save("e.npy", array)
+    torch.save(array.clone(), "array.pt")
     np.save("47-rows.npy", array[1:])
     np.save("49-rows.npy", array[[0, *range(48)]])
     np.save("small.npy", 2e-7 * array)
@@ -111,7 +112,7 @@ def content_of(folder):
         ("cache --corpus no-text.csv", "a column named text"),
         ("cache --corpus few-fields.csv", "few-fields.csv, row 2"),
         ("cache --corpus comma.csv", "comma.csv, row 1"),
-        ("cache --corpus quotation.tsv", "runs on to the next line"),
+        ("cache --corpus quotation.tsv", "quotation.tsv (is a quotation mark not closed?)"),
         ("cache --corpus cut.jsonl", "cut.jsonl, line 2"),
         ("cache --corpus utf-16.txt", "cannot read utf-16.txt as UTF-8"),
         ("cache --corpus three.txt", "3 sentences with 4 different words are too small"),
@@ -132,17 +133,16 @@ def content_of(folder):
         ("cache --over", "--over"),
         ("cache --output teacher.pt", "something else, by random"),
         ("cache --output bert", "bert is not a file"),
-        ("cache --output README.md --overwrite", "README.md: the name of a cache ends with .pt"),
         ("cache --output model.pt", "model.pt is not a teacher cache"),
-        ("cache --output corpus.jsonl --overwrite", "is the --corpus itself"),
-        ("cache --teacher e.npy --output e.npy", "is the --teacher itself"),
+        ("cache --output corpus.jsonl --overwrite", "the name of a cache ends with .pt"),
+        ("cache --teacher array.pt --output array.pt --overwrite", "is the --teacher itself"),
         ("talas --teacher nowhere.pt", "make it: python cache_teacher.py --output nowhere.pt"),
         ("talas --teacher e.npy", "python cache_teacher.py --teacher e.npy makes one"),
         ("talas --teacher version-9.pt", "version-9.pt has format 9"),
         ("talas --teacher order.pt", "the sentences are not those that were embedded"),
         ("talas --teacher one-source.pt", "differ in number: (48, 1, 48)"),
         ("talas --teacher one-nan.pt", "one-nan.pt is damaged"),
-        ("talas --teacher code.pt", "not a file of tensors and plain values"),
+        ("talas --teacher code.pt", "not one of tensors and plain values"),
         # the student
         ("talas --eta -0.1", "--eta -0.1: it must be at least 0"),
         ("talas --temperature nan", "--temperature nan: it must be above 0"),
@@ -150,14 +150,14 @@ def content_of(folder):
         ("talas --warmup_ratio 2", "--warmup_ratio 2.0: it is a fraction"),
         ("talas --lambda1 0 --lambda2 0 --lambda3 0", "all 0"),
         ("talas --batch_size 1", "--batch_size 1: Eqs. 5 and 6"),
-        ("talas --batch_size 49", "--batch_size 49: the corpus has only 48"),
+        ("talas --batch_size 49", "the corpus has only 48"),
         ("talas --anchored_layers 4", "--anchored_layers 4: tiny has 3 layers"),
         ("talas --lasd_layers 1", "--lasd_layers 1: Eq. 5 chains two"),
         ("talas --resume", "--resume: new holds no interrupted run"),
         ("talas --output done --resume", "done holds no interrupted run"),
         ("talas --output done", "done holds a run; --resume"),
         ("talas --output killed", "killed holds a run; --resume"),
-        ("talas --output teacher.pt --overwrite", "is the --teacher itself"),
+        ("talas --output teacher.pt --overwrite", "--output teacher.pt holds"),
         ("talas --student bert --output bert --overwrite", "is the --student itself"),
         ("talas --output data --overwrite", "--output data holds"),
         # the scores

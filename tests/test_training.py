@@ -411,14 +411,13 @@ def test_without_tamd_a_corpus_is_enough(here):
 
 def test_the_card_names_base_model_method_task_and_example(tmp_path):
     path = tmp_path / "README.md"
-    record = {"teacher": "BAAI/bge-m3", "settings": {"lr": 0.1}}
     s = Settings(student="google-bert/bert-base-uncased", output="runs/my-student")
-    runs.write_card(path, s, record)
+    runs.write_card(path, s, "BAAI/bge-m3")
     card = ModelCard.load(path)
     assert card.data.base_model == "google-bert/bert-base-uncased"
     assert card.data.pipeline_tag == "sentence-similarity"
     assert card.data.library_name == "sentence-transformers"
-    for words in ("`BAAI/bge-m3`", "Method: TALAS", '("my-student")', '"lr": 0.1'):
+    for words in ("`BAAI/bge-m3`", "Method: TALAS", '("runs/my-student")'):
         assert words in card.text
 
 
@@ -537,17 +536,9 @@ def test_a_run_is_not_resumed_with_another_setting(folder, ends_with_one_line):
         ends_with_one_line(checkpoint.start_or_resume, line)
 
 
-@pytest.mark.parametrize(
-    "settings, words",
-    [
-        ({"lr": 1e18}, "the loss is not finite"),
-        ({"lr": 1e38, "batch_size": 48}, "epoch 1 left weights that are not finite"),
-    ],
-)
-def test_a_run_that_diverges_is_one_line_and_leaves_no_checkpoint(
-    here, settings, words, ends_with_one_line
-):
-    ends_with_one_line(partial(run, warmup_ratio=0, **settings), words, "try a lower --lr")
+def test_a_run_that_diverges_is_one_line_and_leaves_no_checkpoint(here, ends_with_one_line):
+    diverging_run = partial(run, lr=1e18, warmup_ratio=0)
+    ends_with_one_line(diverging_run, "the loss is not finite", "try a lower --lr")
     assert [path.name for path in Path("out").iterdir()] == ["metrics.jsonl"]
 
 
