@@ -4,10 +4,11 @@
     python talas.py --teacher bge-m3.pt --student google-bert/bert-base-uncased
     torchrun --nproc_per_node=4 talas.py --teacher ...     # data-parallel, on 4 GPUs
 
-In the paper's order: settings (Appendix E), losses (Eqs. 3-7 and 10-12), ASAM (Eq. 2), Algorithm 1,
-sharpness (Table 4). N is the batch size, T the number of tokens, L the number of the student's
-layers (L(w) is the loss), K the number of anchored layers, d_S and d_T the widths of student and
-teacher, M the number of domains in a batch.
+Settings (Appendix E), losses (Eqs. 3-7 and 10-12), ASAM (Eq. 2), Algorithm 1, sharpness (Table 4).
+`s` is the Settings; a note is one of docs/notes.md. N is the batch size, T a batch's longest
+sentence in tokens, L the number of the student's layers (L(w) is the loss), K that of the anchored
+ones, M that of the domains in a batch, d_S and d_T the widths of student and teacher. The T of e^T
+and E^T stands for the teacher; a transpose is ᵀ.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from scipy.sparse.linalg import LinearOperator, eigsh
-from torch.nn.utils import get_total_norm, parameters_to_vector
+from torch.nn.utils import get_total_norm
 from transformers import get_cosine_schedule_with_warmup
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
@@ -47,7 +48,7 @@ from support.run import (
     stop_processes,
 )
 
-# Eq. 3's cosine ignores the length of W_l, but a step turns a short W_l further: start small.
+# The W_l start small: Eq. 3 ignores their length, but a step turns a short one further (note 5).
 W_STD = 1e-3
 SHARPNESS_BATCHES = 2  # batches over which Table 4's λ_max is measured, the same for every seed
 
@@ -58,11 +59,13 @@ class Settings:
     """Every setting; each is a flag of the same name.
 
     Appendix E gives lambda1-3, lr, epochs and batch_size, Fig. 3 anchored_layers. Where the paper
-    is silent, docs/notes.md gives the reason for the default.
+    is silent, docs/notes.md says more of the default.
     """
 
     # input and output (HfArg: a dataclass field with a help text)
-    teacher: str = HfArg(default="teacher.pt", help="teacher cache; with --lambda2 0 also a corpus")
+    teacher: str = HfArg(
+        default="teacher.pt", help="teacher cache; with --lambda2 0 a cache or a corpus"
+    )
     student: str = HfArg(default="tiny", help="Hub id or directory; tiny: a small BERT, untrained")
     output: str = HfArg(default="student", help="directory for the distilled student")
     overwrite: bool = HfArg(default=False, help="replace an earlier run in output")
@@ -75,16 +78,16 @@ class Settings:
     lambda3: float = HfArg(default=1.0, help="weight of LASD, Eq. 5")
     temperature: float = HfArg(default=0.1, help="tau of Eq. 6")
     anchored_layers: int = HfArg(default=2, help="K = k + 1: top layers anchored by TAMD, Eq. 3")
-    lasd_layers: int = HfArg(default=0, help="top layers chained by LASD, Eq. 5; 0: all L")
-    detach_guide: bool = HfArg(default=False, help="stop LASD's gradient into the upper layers")
+    lasd_layers: int = HfArg(default=0, help="top layers chained by LASD, Table 8; 0: all")
+    detach_guide: bool = HfArg(default=False, help="stop LASD's gradient into a pair's upper layer")
     # optimization (Section 3.3)
     optimizer: Literal["asam", "sam", "disam", "adamw"] = HfArg(default="asam", help="Eqs. 2, 8-12")
     rho: float = HfArg(default=0.05, help="radius of the ascent step, Eq. 2")
-    eta: float = HfArg(default=0.0, help="eta of T_w = |w| + eta, Eq. 2 (Algorithm 1's eta is lr)")
+    eta: float = HfArg(default=0.0, help="of T_w = |w| + eta (Algorithm 1's eta is lr)")
     disam_lambda: float = HfArg(default=0.1, help="lambda of Eq. 10")
     # training (Table 5)
     lr: float = HfArg(default=2e-5, help="peak learning rate of AdamW; cosine decay to 0")
-    projection_lr_scale: float = HfArg(default=5.0, help="learning rate of the W_l, times lr")
+    projection_lr_scale: float = HfArg(default=5.0, help="the W_l's rate, as a multiple of lr")
     weight_decay: float = HfArg(default=0.01, help="of AdamW, on every parameter")
     warmup_ratio: float = HfArg(default=0.06, help="fraction of the steps in which lr rises from 0")
     epochs: int = HfArg(default=5, help="passes over the corpus")
@@ -115,14 +118,15 @@ def tamd_loss(layers, projections, teacher):
 
 def relation_matrix(E):
     """Pairwise cosine similarities of a batch, Eq. 4: R = ẼẼᵀ, (N, d_S) -> (N, N)."""
-    E = F.normalize(E, dim=-1)
+    E = F.normalize(E, dim=-1)  # Ẽ: rows of length 1
     return E @ E.T
 
 
 def lasd_loss(layers, detach_guide=False):
     """Layer-aligned self-distillation, Eq. 5: ‖R_{l+1} - R_l‖²_F / N², mean over adjacent layers.
 
-    layers: L >= 2, each (N, d_S), bottom to top. A scalar. `detach_guide` makes R_{l+1} a constant.
+    layers: two or more, each (N, d_S), bottom to top. A scalar. `detach_guide` makes R_{l+1} a
+    constant (note 4).
     """
     R = [relation_matrix(E) for E in layers]  # L of (N, N)
     losses = []
@@ -136,12 +140,12 @@ def lasd_loss(layers, detach_guide=False):
 def simcse_loss(z, z_prime, temperature):
     """Unsupervised SimCSE, Eq. 6: two dropout views, each (N, d_S), and τ. A scalar."""
     similarities = F.normalize(z, dim=-1) @ F.normalize(z_prime, dim=-1).T / temperature  # (N, N)
-    # -log softmax over j at j = i is the cross entropy of picking sentence i's own second view
+    # row i: -log of the softmax at column i, which is the cross entropy with the label i
     return F.cross_entropy(similarities, torch.arange(len(z), device=z.device))
 
 
 def total_loss(layers, projections, teacher, s):
-    """The training objective, Eq. 7: (loss, {its terms}), scalars. A term of weight 0 is left out.
+    """The training objective, Eq. 7: (loss, {name: term}), scalars; without terms of weight 0.
 
     layers: all L, each (views, N, d_S); projections: K of W_l (d_S, d_T); teacher: E^T (N, d_T).
     """
@@ -175,11 +179,11 @@ def embed(encoder, tokens, s, views=1):
 
     tokens: input_ids, attention_mask, each (N, T). Each view draws its own dropout masks.
     support.encoder.pooled_layers runs the model and pools each layer's token states, (N, T, d_S),
-    into one vector a sentence: [CLS], the last token or the mean. On a CPU it takes pieces of
-    sentences of similar length, which need less padding; the result is the same.
+    into one vector a sentence: [CLS], the last token or the mean (note 10). On a CPU it splits the
+    batch into groups of sentences of similar length, which need less padding (note 19).
     """
     tokens = {name: t.repeat(views, 1) for name, t in tokens.items()}  # (views N, T)
-    pooled = pooled_layers(encoder, tokens, s.precision)[1:]  # L of (views N, d_S); [0]: embeddings
+    pooled = pooled_layers(encoder, tokens, s.precision)[1:]  # L of (views N, d_S)
     return [E.unflatten(0, (views, -1)) for E in pooled]
 
 
@@ -196,8 +200,8 @@ class Objective(torch.nn.Module):
     def forward(self, tokens, teacher, domains=None):
         """(loss to differentiate, {values to log}) at the present w.
 
-        tokens: as in embed; teacher: E^T (N, d_T). The loss is Eq. 7 or, with domains, (N,), what
-        DISAM climbs, Eq. 10. values["loss"] is always Eq. 7.
+        tokens: as in embed; teacher: E^T (N, d_T), or None without TAMD. values["loss"] is Eq. 7.
+        So is the loss; but with domains, (N,), it is Eq. 10, which DISAM climbs.
         """
         views = 2 if self.s.lambda1 else 1
         layers = embed(self.encoder, tokens, self.s, views)  # L of (views, N, d_S)
@@ -209,7 +213,7 @@ class Objective(torch.nn.Module):
 
     def ascent_objective(self, layers, teacher, domains):
         """Eq. 10. L_i is Eq. 7 on domain i's sentences alone: their own negatives, their own R."""
-        present, counts = domains.unique(return_counts=True)  # (M,)
+        present, counts = domains.unique(return_counts=True)  # (M,) each
         losses = []
         for domain in present:
             rows = domains == domain
@@ -228,8 +232,8 @@ class ASAM:
         L(w̃).backward();  descent_step()    # back to w; the optimizer steps by the gradient at w̃
 
     The paper prints the problem, Eq. 2: min_w max L(w + ε) over ‖T_w⁻¹ ε‖₂ ≤ ρ. Kwon et al. (2021)
-    give T_w = diag(|w| + η) and, to first order, the maximum: ε̂ = ρ T_w² ∇L(w) / ‖T_w ∇L(w)‖₂.
-    adaptive=False sets T_w = I, which is SAM (Eq. 9).
+    give T_w = diag(|w| + η) and the ε that climbs most, to first order (note 2):
+    ε̂ = ρ T_w² ∇L(w) / ‖T_w ∇L(w)‖₂. adaptive=False sets T_w = I, which is SAM (Eq. 9).
     """
 
     def __init__(self, optimizer, rho, eta=0.0, adaptive=True):
@@ -245,12 +249,13 @@ class ASAM:
         self.restore()  # if an earlier ascent was not followed by a descent
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         moved = [p for p in parameters if p.grad is not None]
+        # p.grad becomes T_w ∇L(w), then ε̂: in place, because new memory would cost time
         T = {}  # parameter -> the diagonal of T_w, in its shape
         for p in moved:
             T[p] = p.abs().add_(self.eta) if self.adaptive else torch.ones_like(p)
-            p.grad *= T[p]  # now T_w ∇L(w), in place: new memory would cost more time
-        norm = get_total_norm([p.grad for p in moved])  # ‖T_w ∇L(w)‖₂, over all parameters
-        if norm >= 1e-12:  # next to no gradient gives no direction
+            p.grad *= T[p]  # T_w ∇L(w)
+        norm = get_total_norm([p.grad for p in moved])  # ‖T_w ∇L(w)‖₂, one norm over all (note 13)
+        if norm >= 1e-12:  # too small a gradient has no direction
             for p in moved:
                 self.w[p] = p.clone()
                 epsilon = p.grad.mul_(T[p]).mul_(self.rho / norm)  # ρ T_w² ∇L(w) / ‖T_w ∇L(w)‖₂
@@ -273,12 +278,12 @@ class ASAM:
 
 # ------------------------------------------------------------------------------------- Algorithm 1
 def without_graph(values):
-    """{name: scalar} as numbers to log: they keep no graph in memory."""
+    """{name: scalar}, detached to be logged: they keep no graph in memory."""
     return {name: value.detach() for name, value in values.items()}
 
 
 def training_step(objective, asam, tokens, teacher, domains, s):
-    """One step of Algorithm 1, which moves w. Returns {name: scalar}: what was computed.
+    """One step of Algorithm 1, which moves w. Returns {name: scalar} to log.
 
     tokens: as in embed; teacher: E^T (N, d_T); domains: (N,). sharpness_gap is L(w̃) - L(w).
     """
@@ -289,7 +294,7 @@ def training_step(objective, asam, tokens, teacher, domains, s):
         return without_graph(values)
 
     # 1. Ascent step
-    # fork_rng restores the random state: the second pass draws the same dropout masks (note 6)
+    # after this block the random state is as before it: both passes draw the same masks (note 6)
     devices = [] if domains.device.type == "cpu" else [domains.device]
     with torch.random.fork_rng(devices):
         climbed_domains = domains if s.optimizer == "disam" else None
@@ -324,8 +329,8 @@ def new_projections(s, corpus):
 def make_optimizer(s, objective, steps):
     """(ASAM or SAM around AdamW, its learning-rate schedule); the W_l have their own rate."""
     groups = [
-        {"params": list(objective.model.parameters())},
-        {"params": list(objective.projections), "lr": s.lr * s.projection_lr_scale},
+        {"params": objective.model.parameters()},
+        {"params": objective.projections, "lr": s.lr * s.projection_lr_scale},
     ]
     adamw = torch.optim.AdamW(groups, lr=s.lr, weight_decay=s.weight_decay, fused=True)
     scheduler = get_cosine_schedule_with_warmup(adamw, round(s.warmup_ratio * steps), steps)
@@ -356,41 +361,45 @@ def train(s, corpus, objective):
 
 
 # ---------------------------------------------------------------------------- sharpness (Table 4)
+def as_vector(tensors):
+    """All entries of several tensors, in one vector."""
+    return torch.cat([t.flatten() for t in tensors])
+
+
 def hessian_vector_product(losses, parameters, v):
     """H v, for the Hessian H of the mean of the losses. v and H v: (number of weights,).
 
-    losses: a list of functions without arguments, each a twice differentiable scalar.
+    losses: functions without arguments; each returns a scalar that is twice differentiable.
     """
     total = torch.zeros_like(v)
     for loss in losses:  # one graph at a time: that of a second derivative is large
         gradient = torch.autograd.grad(
             loss(), parameters, create_graph=True, materialize_grads=True
         )
-        slope = torch.cat([g.flatten() for g in gradient]) @ v  # ∇L · v
+        slope = as_vector(gradient) @ v  # ∇L · v
         if slope.requires_grad:  # the gradient of a linear loss is constant: its H is 0
             Hv = torch.autograd.grad(slope, parameters, materialize_grads=True)
-            total += parameters_to_vector(Hv) / len(losses)
+            total += as_vector(Hv) / len(losses)
     return total.detach()
 
 
 def largest_hessian_eigenvalue(losses, parameters, tolerance=3e-3, vectors=8, seed=0):
     """λ_max (Table 4): the algebraically largest eigenvalue of the Hessian H at the parameters.
 
-    losses: a list of functions without arguments; H is the Hessian of their mean. A list keeps only
-    one graph in memory at a time. Restarted Lanczos iteration (ARPACK) on products H v, to a
-    relative `tolerance`; it keeps `vectors` copies of the parameters in the host's memory. NaN if
-    a loss or H is not finite.
+    H is the Hessian of the mean of the losses, as in hessian_vector_product. Restarted Lanczos
+    iteration (ARPACK) on products H v, to a relative `tolerance`; it keeps `vectors` copies of the
+    parameters in the host's memory. NaN if a loss or H is not finite.
     """
-    parameters = list(parameters)
-    w = parameters_to_vector(parameters).detach()
+    parameters = [p for p in parameters if p.requires_grad]
+    w = as_vector(parameters).detach()
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(len(w), generator=generator, dtype=w.dtype)
-    Hv = hessian_vector_product(losses, parameters, start.to(w.device)).cpu()
+    Hv = hessian_vector_product(losses, parameters, start.to(w)).cpu()
     # an infinite loss can have a finite H v: that of a linear loss is 0
     finite_losses = all(loss().isfinite() for loss in losses)
     if not finite_losses or not Hv.isfinite().all():
         return float("nan")
-    if not Hv.any():  # H is zero: another H almost surely maps a random v to something else
+    if not Hv.any():  # H = 0: for any other H, H v is almost never 0
         return 0.0
     if len(w) == 1:  # H is a number, and Lanczos iteration needs two dimensions
         return (Hv / start).item()
@@ -403,13 +412,7 @@ def largest_hessian_eigenvalue(losses, parameters, tolerance=3e-3, vectors=8, se
     v0 = start.numpy()
     H = LinearOperator((len(w), len(w)), matvec=matvec, dtype=v0.dtype)
     [lambda_max] = eigsh(
-        H,
-        k=1,
-        which="LA",
-        ncv=min(vectors, len(w)),
-        tol=tolerance,
-        v0=v0,
-        return_eigenvectors=False,
+        H, k=1, which="LA", ncv=vectors, tol=tolerance, v0=v0, return_eigenvectors=False
     )
     return float(lambda_max)
 
@@ -421,9 +424,9 @@ def loss_without_terms(objective, tokens, teacher):
 
 
 def measure_sharpness(objective, corpus, s):
-    """λ_max of Eq. 7 in the student's weights, not the W_l (note 21): two fixed batches.
+    """λ_max of Eq. 7 on two fixed batches, in the student's weights, not the W_l (note 21).
 
-    Without dropout, so that the two views of Eq. 6 are equal.
+    Dropout is off, so the two views of Eq. 6 are equal.
     """
     model = objective.model
     was_training = objective.training
@@ -451,9 +454,9 @@ def parse_settings(argv, kind=Settings, **defaults):
     parser.set_defaults(**defaults)
     flags = parser.parse_args(argv)
     if flags.student == "tiny":
-        print(f"student tiny starts from scratch; unless you set them: {tiny.SETTINGS}")
+        print(f"student tiny starts from scratch, with its own defaults: {tiny.SETTINGS}")
         parser.set_defaults(**tiny.SETTINGS)
-        flags = parser.parse_args(argv)
+        flags = parser.parse_args(argv)  # again: flags that were given win
     return kind(**vars(flags))
 
 
@@ -466,7 +469,7 @@ def load_student(s, sentences):
 
 
 def finish(s, cache, objective):
-    """Write student, W_l and record to a draft folder, then move the files into the output."""
+    """Write student and W_l to a draft, and move its files into the output. The record is last."""
     if rank() > 0:
         return
     draft = Path(s.output, ".saving")
@@ -484,7 +487,7 @@ def main(argv=None):
     with interruptible(RESUME_ADVICE):
         start_processes(s)
         cache = load_cache(s.teacher, needed=s.lambda2 > 0)
-        torch.manual_seed(s.seed)  # for the W_l
+        torch.manual_seed(s.seed)  # for the W_l, and for a pooler that the student's files lack
         encoder = load_student(s, cache["sentences"])
         corpus = Corpus(cache, encoder)
         check_fit(s, corpus)

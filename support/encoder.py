@@ -163,7 +163,6 @@ def save_encoder(folder, encoder):
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # which reads tokenizer.json as it is
         "model_max_length": encoder.max_length,
-        "truncation_side": encoder.tokenizer.truncation["direction"],
         "model_input_names": ["input_ids", "attention_mask"],
         **encoder.special_tokens,
     }

@@ -52,10 +52,13 @@ def read_json(path):
         return json.loads(path.read_text("utf-8"))
 
 
-def load(path):
-    """torch.load of tensors, which stay on disk, and plain values; it runs no code of the file."""
+def load(path, mmap=True):
+    """torch.load of tensors and plain values; it runs no code of the file.
+
+    With `mmap` the tensors stay on disk, so that Windows can't replace the file.
+    """
     try:
-        return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        return torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
     except READ_ERRORS:  # torch's own message advises to run the file's code
         fail(
             f"cannot read {path}: there is no such file, or it is not one of tensors and plain "

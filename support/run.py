@@ -194,7 +194,7 @@ class Checkpoint:
             self.path.parent.mkdir(exist_ok=True)
             self.log.write_text("")
             return 0
-        saved = load(self.path)
+        saved = load(self.path, mmap=False)
         for name, value in self.facts.items():
             saved_value = saved["facts"].get(name)
             if value != saved_value:

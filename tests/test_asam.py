@@ -42,7 +42,7 @@ def test_sam_by_hand():
 
 @pytest.mark.parametrize("adaptive, eta", [(True, 0.0), (True, 0.1), (False, 0.1)])
 def test_the_ascent_step_is_equation_2(adaptive, eta):
-    """The norm is over all parameters together: in the formula they are one vector, w."""
+    """The formula solves Eq. 2 to first order (Kwon et al.). All parameters are one vector, w."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(4, 3, dtype=torch.float64)
     groups = [{"params": [layer.weight]}, {"params": [layer.bias]}]
@@ -131,22 +131,22 @@ def test_an_infinite_loss_has_no_lambda_max():
 
 @pytest.fixture
 def sharpness_setup(tmp_path, cache):
-    """(objective, corpus, s): what λ_max is measured of.
+    """(objective, corpus, s): what measure_sharpness takes.
 
-    A student of one layer, 48 sentences, and settings that leave Eq. 3 alone, in batches of 24.
+    A student of one layer, 48 sentences in batches of 24, and Eq. 3 as the only term.
     """
     folder = small_bert(tmp_path, num_hidden_layers=1, hidden_size=16, intermediate_size=16)
     encoder = load_encoder(str(folder))
     corpus = Corpus(load_cache(str(cache)), encoder)
     s = Settings(lambda1=0, lambda3=0, anchored_layers=1, batch_size=24)
-    W = 1e-3 * random_rows(16, 8, dtype=torch.float32)  # with W in it λ_max would be far larger
+    W = 1e-3 * random_rows(16, 8, dtype=torch.float32)  # λ_max in W would be far larger
     return Objective(encoder, [W], s), corpus, s
 
 
 def test_sharpness_is_that_of_the_loss_in_the_students_weights(sharpness_setup):
-    """Without dropout, which is on before and after it.
+    """Dropout is on before and after, and off while λ_max is measured.
 
-    The mean of Eq. 3 over two batches of 24 is that over all 48 sentences.
+    Eq. 3 over 48 sentences is the mean of Eq. 3 over two batches of 24.
     """
     objective, corpus, s = sharpness_setup
     objective.train()

@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, f1_score
 
 import eval as evaluation
+import talas
 from demo import generate
 from demo.tiny import tiny_student
 from eval import Task
@@ -120,6 +121,14 @@ def test_flags_reach_the_model(model, folder, monkeypatch):
     flags = "--pooling last --max_length 7 --batch_size 3 --device meta"
     run(model, *flags.split())
     assert sum(sizes) == 47  # each sentence of the tasks once
+
+
+def test_tiny_is_the_student_that_talas_starts_from(folder):
+    args = evaluation.parse_args(["tiny", "--data", "data"])
+    weights = evaluation.load_model("tiny", args).model.state_dict()
+    start = talas.load_student(talas.Settings(), SENTENCES).model.state_dict()
+    for name, expected in start.items():
+        assert torch.equal(weights[name], expected)
 
 
 def test_a_mean_over_no_task_is_none(folder, bert, capsys):

@@ -2,7 +2,8 @@
 
 i and j number the N sentences of a batch. `layers` has one E of shape (N, d_S) for each layer: E[i]
 is the student's embedding of sentence i after that layer; a tensor (L, N, d_S) is such a list.
-`teacher` has the shape (N, d_T).
+`teacher` has the shape (N, d_T). random_rows(*shape) draws normal numbers in float64, which
+gradcheck needs.
 assert_close compares a loss with the paper's formula. gradcheck compares the gradient that autograd
 gives with finite differences, (L(x + h) - L(x - h)) / 2h, for each entry x of its inputs.
 """

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from support.data import Corpus
 from support.encoder import dry_run, encode, pad, pool, pooled_layers, save_encoder, tokenize
+from support.files import read_json
 from support.loading import load_encoder
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -179,6 +180,7 @@ def test_what_is_saved_is_read_alike_by_all(kind, tmp_path):
 
     again = load_encoder(saved)
     assert (again.pooling, again.max_length) == (kind.pooling, 60)
+    assert read_json(saved / "sentence_bert_config.json") == {"max_seq_length": 60}
     assert_same_vectors(embed(again), expected)
     assert_same_vectors(by_sentence_transformers(saved), expected)
 
@@ -301,6 +303,11 @@ def test_a_student_that_others_would_read_otherwise_is_refused(tmp_path, ends_wi
     corpus = small_corpus(encoder, ["rose"] * 99 + ["The Rose"])
     words = ["rebuilds the tokenizer of a qwen2", "use another student"]
     ends_with_one_line(lambda: dry_run(encoder, corpus, tmp_path / "student"), *words)
+
+
+def test_a_token_that_is_not_in_the_vocabulary_is_not_saved(tmp_path):
+    encoder = load_encoder(build(tmp_path, replace(GPT2, tokenizer_config={})))
+    assert encoder.special_tokens == {"pad_token": None}
 
 
 def test_a_student_that_cannot_be_saved_is_refused(bert, tmp_path, ends_with_one_line):

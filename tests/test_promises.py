@@ -158,7 +158,7 @@ def content_of(folder):
         ("talas --output done", "done holds a run; --resume"),
         ("talas --output killed", "killed holds a run; --resume"),
         ("talas --output teacher.pt --overwrite", "--output teacher.pt holds"),
-        ("talas --student bert --output bert --overwrite", "is the --student itself"),
+        ("talas --student bert --output ./bert --overwrite", "is the --student itself"),
         ("talas --output data --overwrite", "--output data holds"),
         # the scores
         ("eval bert --json README.md", "README.md"),
