@@ -19,11 +19,9 @@ import torch.nn.functional as F
 
 import talas
 from cache_teacher import load_cache
-from support import interruptible
 from support.data import Corpus
 from support.encoder import dry_run
 from support.run import (
-    RESUME_ADVICE,
     check_fit,
     check_output_folder,
     check_settings,
@@ -50,10 +48,8 @@ class Common(WithStart):
     """The settings that all other methods share, also those of online.py."""
 
     optimizer: Literal["asam", "sam", "adamw"] = "adamw"
-    lambda3: float = fixed(0.0)
+    lambda3: float = fixed(0.0)  # so lasd_layers and detach_guide change nothing
     anchored_layers: int = fixed(1)
-    lasd_layers: int = fixed(0)
-    detach_guide: bool = fixed(False)
     disam_lambda: float = fixed(0.0)
 
 
@@ -262,8 +258,7 @@ def run(s, kind=talas.Objective):
 
 def main(argv=None):
     """The command line: that of talas.py with the settings of the methods."""
-    with interruptible(RESUME_ADVICE):
-        run(talas.parse_settings(argv, Settings))
+    run(talas.parse_settings(argv, Settings))
 
 
 if __name__ == "__main__":

@@ -6,15 +6,13 @@
 
 The two sides of a row (bench.csv) take turns on the same batches, so that a machine whose speed
 drifts favours neither. A ratio is the median over the turns. The paper's Table 3 (table3.csv) is
-measured with the teacher in bfloat16. All is recorded together; with --rows, some rows are printed
-and nothing is recorded.
+measured with the teacher in bfloat16.
 """
 
 import itertools
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from datetime import date
 from pathlib import Path
@@ -36,7 +34,6 @@ BATCH_SIZE = 32
 WARM_UP = 4  # turns that are not counted
 TURNS = 24  # turns that are
 ENCODED = 32  # batches that a side embeds in a turn
-STEPS = {"talas": "STLA", "adamw": "STL", "simcse": "S", "plain": "STLA", "bfloat16": "STLA"}
 
 
 class Plain(talas.Objective):
@@ -57,8 +54,8 @@ class Plain(talas.Objective):
 
 # -------------------------------------------------------------- the sides: functions of positions
 def our_step(name, cache, args):
-    """A step of the loop in talas.train, of a row of rows.csv or one that STEPS names."""
-    row = STEPS.get(name, name)
+    """A step of the loop in talas.train, of a row of rows.csv; plain and bfloat16 are of STLA."""
+    row = "STLA" if name in ("plain", "bfloat16") else name
     flags = [f"--student={args.student}", f"--teacher={args.teacher}"]
     if name == "bfloat16":
         flags.append("--precision=bfloat16")
@@ -92,10 +89,7 @@ def side(name, cache, args):
     """
     texts = cache["sentences"][: ENCODED * BATCH_SIZE]
     if name == "released":  # it tokenises each batch itself
-        with tempfile.TemporaryDirectory() as work:
-            code = released.distiller(
-                args.released, args.student, cache, work, batch_size=BATCH_SIZE
-            )
+        code = released.distiller(args.released, args.student, cache, batch_size=BATCH_SIZE)
         code.model_student.train()
         return lambda rows: code.train_step(code.collate_fn([code.train_ds[int(i)] for i in rows]))
     if name == "library":
@@ -167,7 +161,7 @@ def table3(cache, args):
     for name in TABLE3:
         # a cache's share of a step: a batch is embedded once and used in each epoch
         share = 1 / ENCODED / talas.Settings.epochs if name == "cached" else 1
-        ratio = {other: share * median_ratio(ms, name, other) for other in ("adamw", "talas")}
+        ratio = {other: share * median_ratio(ms, name, other) for other in ("STL", "STLA")}
         cost = {"ms": share * statistics.median(ms[name]), "ratio": ratio}
         cost["teacher"] = teacher if run.is_online(name) or name == "cached" else 0
         if name != "cached":
@@ -194,20 +188,16 @@ def main(argv=None):
     flag("--student", required=True, help="folder or Hub id of the student to train")
     flag("--teacher", help="the model of the cache, to run online")
     flag("--released", help="a clone of the released code")
-    timed = [name for name in BENCH if name != "memory"]
-    flag("--rows", nargs="+", choices=timed, help="print these rows alone")
     args = parser.parse_args(argv)
     args.device = pick_device("auto")
     cache = load_cache(args.cache)
     rows = {}
-    for name in args.rows or timed:
-        rows[name] = measure(name, cache, args)
-        print(name, rows[name], flush=True)
-    if args.rows:
-        return
+    for name in BENCH:
+        if name != "memory":
+            rows[name] = measure(name, cache, args)
     costs = table3(cache, args)
-    asam_mb = costs["talas"]["rest"] - costs["adamw"]["rest"]
-    rows["memory"] = {"ratio": asam_mb / costs["talas"]["student"], "ms": []}
+    asam_mb = costs["STLA"]["rest"] - costs["STL"]["rest"]
+    rows["memory"] = {"ratio": asam_mb / costs["STLA"]["student"], "ms": []}
     entry = {
         "date": str(date.today()),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",

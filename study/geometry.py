@@ -51,16 +51,16 @@ def main(argv=None):
     parser = command_line(__doc__)
     parser.add_argument("students", nargs="+", help="folders, with or without projections.pt")
     parser.add_argument("--teacher", default="teacher.pt", help="the cache")
-    parser.add_argument("--names", nargs="*", help="a name for each student; else its folder")
     args = parser.parse_args(argv)
     cache = load_cache(args.teacher)
     n = len(cache["sentences"])
     rows = torch.arange(n)[:: max(n // SENTENCES, 1)][:SENTENCES]
-    for folder, name in zip(args.students, args.names or args.students, strict=True):
+    for folder in args.students:
         encoder = load_encoder(folder)
         W_file = Path(folder, "projections.pt")
         projections = load(W_file) if W_file.exists() else []
         layers = geometry(encoder, projections, Corpus(cache, encoder), rows)
+        name = Path(folder).name
         record(args.results, f"geometry/{name}", {"name": name, "layers": layers})
     unit_vectors = torch.nn.functional.normalize(cache["embeddings"][rows].float())
     mean = unit_vectors.mean(0)  # the nearest, on average

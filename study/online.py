@@ -24,12 +24,10 @@ import torch.nn.functional as F
 import talas
 from cache_teacher import DTYPES
 from study import baselines
-from support import interruptible
 from support.data import Corpus
 from support.encoder import pad, pool, tokenize
 from support.files import digest
 from support.loading import load_encoder
-from support.run import RESUME_ADVICE
 
 PIECE = 8  # sentences that a CPU takes at a time: small, because padding costs a large teacher most
 METHODS = {  # method -> its defaults, which are the released code's where Appendix E is silent
@@ -167,9 +165,9 @@ class OnlineCorpus(Corpus):
         self.matches = [self.match(sentence) for sentence in cache["sentences"]]
 
     def identity(self):
-        """A hash of the corpus, the student's and the teacher's configuration and its weights."""
+        """A hash of the corpus, of the student without its weights and of the teacher's weights."""
         weights = self.teacher.model.state_dict().values()
-        return digest(super().identity(), self.teacher.identity(), *weights)
+        return digest(super().identity(), *weights)
 
     def match(self, sentence):
         """(links, mutual): lists of positions (student token, teacher token) in a sentence.
@@ -391,8 +389,7 @@ def run(s):
 
 def main(argv=None):
     """The command line: that of talas.py, with a corpus and a teacher that runs online."""
-    with interruptible(RESUME_ADVICE):
-        run(parse_settings(argv))
+    run(parse_settings(argv))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 import statistics
 
-from study.results import START, STARTS, TASKS, gains, runs
-from support import attempt
+from study.results import TASKS, gains, runs
 
 GREY = "#7d8590"  # of letters and lines: readable on white and on black
 COLOURS = {
@@ -20,21 +19,17 @@ TERMS = {"simcse": "SimCSE", "tamd": "TAMD", "lasd": "LASD"}
 
 def new_figure(titles):
     """(a narrow matplotlib figure, its axes), one below another, an axis for each title."""
-    with attempt("draw without matplotlib (pip install matplotlib==3.11.2)", ImportError):
-        from matplotlib import rcParams
-        from matplotlib.figure import Figure
+    from matplotlib import rcParams  # here, because only the plots need it
+    from matplotlib.figure import Figure
 
     for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
         rcParams[name] = GREY
-    rcParams["font.size"] = 11
     rcParams["svg.fonttype"] = "none"
     rcParams["svg.hashsalt"] = "talas"  # the same picture is the same file
     figure = Figure(figsize=(5, 0.8 + 2.4 * len(titles)), layout="constrained")
     axes = figure.subplots(len(titles), squeeze=False)[:, 0]
     for axis, title in zip(axes, titles):
         axis.set_title(title)
-        axis.patch.set_alpha(0)
-        axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
@@ -42,8 +37,7 @@ def save(figure, axis, path):
     """Write a figure, with the legend of one of its axes."""
     handles = axis.get_legend_handles_labels()[0]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
-    with attempt(f"write {path}"):
-        figure.savefig(path, transparent=True, metadata={"Date": None})
+    figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
 def draw_terms(path, by_row):
@@ -52,17 +46,10 @@ def draw_terms(path, by_row):
     for axis, term in zip(axes, TERMS):
         axis.set_xlabel("step")
         for row in ("T", "STL"):
-            for entry in by_row[row][:1]:
-                history = entry["history"]
-                if any(history.get(term, [])):  # a term that was not computed is absent, or zeros
-                    axis.plot(history["step"], history[term], label=row, color=COLOURS[row])
+            history = by_row[row][0]["history"]
+            if any(history[term]):  # a term that was not computed has no values, or zeros
+                axis.plot(history["step"], history[term], label=row, color=COLOURS[row])
     save(figure, axes[1], path)  # TAMD: both rows have it
-
-
-def mean_gain(by_row, row, task):
-    """What a row scores above the untrained student, mean over the seeds; 0 if it was not run."""
-    values = gains(by_row, row, "before", task)
-    return statistics.fmean(values) if values else 0
 
 
 def draw_gains(path, by_row):
@@ -70,7 +57,7 @@ def draw_gains(path, by_row):
     figure, (axis,) = new_figure(["gain over the untrained student"])
     for row, colour in COLOURS.items():
         if by_row[row]:
-            heights = [mean_gain(by_row, row, task) for task in TASKS]
+            heights = [statistics.fmean(gains(by_row, row, "before", task)) for task in TASKS]
             axis.plot(heights, "o", color=colour, label=row, alpha=0.8)
     titles = [task["title"] for task in TASKS.values()]
     axis.set_xticks(range(len(TASKS)), titles, rotation=40)
@@ -78,23 +65,10 @@ def draw_gains(path, by_row):
     save(figure, axis, path)
 
 
-def draw_starts(path, by_row):
-    """What Avg gains over the untrained student, by how W starts and learns (start.csv)."""
-    figure, (axis,) = new_figure(["gain in Avg over the untrained student"])
-    for i, (method, row_of) in enumerate(START.items()):
-        places = [place + 0.27 * i for place in range(len(STARTS))]
-        heights = [mean_gain(by_row, row_of[start], "avg") for start in STARTS]
-        axis.bar(places, heights, 0.25, label=method)
-    axis.set_xticks(range(len(STARTS)), STARTS, rotation=20)
-    save(figure, axis, path)
-
-
 def draw_all(entries, folder):
-    """Write what there are results for: PAIR-terms.svg, PAIR-scores.svg; B-start.svg."""
+    """Write what there are results for: PAIR-terms.svg and PAIR-scores.svg."""
     for pair, by_row in runs(entries).items():
-        if by_row["STL"]:
+        if by_row["T"] and by_row["STL"]:
             draw_terms(folder / f"{pair}-terms.svg", by_row)
         if by_row["before"]:
             draw_gains(folder / f"{pair}-scores.svg", by_row)
-        if pair == "B":
-            draw_starts(folder / "B-start.svg", by_row)

@@ -25,33 +25,34 @@ from support.files import write_json
 from support.loading import load_encoder
 
 
-def distiller(folder, student, cache, work, **settings):
-    """Its KnowledgeDistiller; work: a folder for its inputs; settings: of its TALASConfig."""
+def distiller(folder, student, cache, **settings):
+    """Its KnowledgeDistiller for a cache; settings: those of its TALASConfig."""
     import pandas
 
-    sentences = f"{work}/sentences.csv"
-    targets = f"{work}/targets.pt"
-    pandas.DataFrame({"text": cache["sentences"]}).to_csv(sentences, index=False)
-    unit_vectors = torch.nn.functional.normalize(cache["embeddings"].float())
-    torch.save(unit_vectors, targets)  # as its own cache is
     sys.modules["src.evaluation.evaluation_automodel"] = MagicMock()
     sys.path.insert(0, str(folder))
     warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, once a step
     with attempt(f"import the released code from {folder}", ImportError):
         from config import TALASConfig
         from distiller import KnowledgeDistiller
-    config = TALASConfig(
-        student_model_name=student,
-        teacher_model_name=student,
-        teacher_dtype="float32",
-        train_data_path=sentences,
-        cache_path=targets,
-        save_dir=None,
-        **settings,
-    )
     tokenizer = AutoTokenizer.from_pretrained(student)
-    with patch.object(AutoTokenizer, "from_pretrained", return_value=tokenizer):
-        return KnowledgeDistiller(config)
+    with tempfile.TemporaryDirectory() as work:
+        sentences = f"{work}/sentences.csv"
+        targets = f"{work}/targets.pt"
+        pandas.DataFrame({"text": cache["sentences"]}).to_csv(sentences, index=False)
+        unit_vectors = torch.nn.functional.normalize(cache["embeddings"].float())
+        torch.save(unit_vectors, targets)  # as its own cache is
+        config = TALASConfig(
+            student_model_name=student,
+            teacher_model_name=student,
+            teacher_dtype="float32",
+            train_data_path=sentences,
+            cache_path=targets,
+            save_dir=None,
+            **settings,
+        )
+        with patch.object(AutoTokenizer, "from_pretrained", return_value=tokenizer):
+            return KnowledgeDistiller(config)
 
 
 def train(folder, s):
@@ -60,24 +61,22 @@ def train(folder, s):
     It can't resume, takes [CLS], and a GPU if there is one.
     """
     cache = load_cache(s.teacher)
-    with tempfile.TemporaryDirectory() as work:
-        code = distiller(
-            folder,
-            s.student,
-            cache,
-            work,
-            w_task=s.lambda1,
-            w_kd=s.lambda2,
-            w_struct=s.lambda3,
-            temperature=s.temperature,
-            rho=s.rho,
-            learning_rate=s.lr,
-            warmup_ratio=s.warmup_ratio,
-            epochs=s.epochs,
-            batch_size=s.batch_size,
-            max_length=s.max_length,
-            seed=s.seed,
-        )
+    code = distiller(
+        folder,
+        s.student,
+        cache,
+        w_task=s.lambda1,
+        w_kd=s.lambda2,
+        w_struct=s.lambda3,
+        temperature=s.temperature,
+        rho=s.rho,
+        learning_rate=s.lr,
+        warmup_ratio=s.warmup_ratio,
+        epochs=s.epochs,
+        batch_size=s.batch_size,
+        max_length=s.max_length,
+        seed=s.seed,
+    )
     code.model_student.float()  # its loss scale can't train weights stored as float16
     code.train()
     encoder = load_encoder(s.student, "cls", s.max_length)

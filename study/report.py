@@ -4,8 +4,8 @@
     python study/report.py study/README.md --plots study            # needs matplotlib
 
 In a file, what is between <!-- table:NAME --> and <!-- end --> becomes that table: gains, methods,
-start, geometry; bench-student-cls-cpu, cost-student-cls-cpu; of a pair, such as B: main-B (rows of
-the paper's Tables 1 and 2), summary-B, sharpness-B. Several seeds are shown as mean ± standard
+geometry; bench-student-cls-cpu, cost-student-cls-cpu; of a pair, such as B: main-B (rows of the
+paper's Tables 1 and 2), summary-B, start-B, sharpness-B. Several seeds are shown as mean ± standard
 deviation (of a sample, n - 1), what was not run as –.
 """
 
@@ -25,16 +25,26 @@ from study.results import (
     CLAIMS,
     METHODS,
     ROWS,
-    START,
     TABLE3,
     TASKS,
     gains,
-    scores,
 )
 from support.files import read_json
 
 EPOCHS = ["1", "2", "3", "4", "5"]
 SUMMARY = ("before", "distill", "stella", "distillcse", "STL", "STLA")
+STARTS = (
+    "before",
+    "distill",
+    "distill-W-0.001-x1",
+    "distill-W-0.051-x5",
+    "distill-W-0.051-x1",
+    "STL",
+    "STL-bfloat16",
+    "STL-W-0.001-x1",
+    "STL-W-0.051-x5",
+    "STL-W-0.051-x1",
+)
 MAIN = [row for row in ROWS if ROWS[row]["main"]]
 
 
@@ -76,7 +86,7 @@ def score_table(runs, rows, tasks, label):
         if runs[row]:
             cells = [ROWS[row][label]]
             for task in tasks:
-                values = scores(runs[row], task)
+                values = [entry["scores"][task] for entry in runs[row]]
                 if task in TASKS:
                     values = [statistics.fmean(values)]
                 cells.append(mean_sd(values))
@@ -101,19 +111,6 @@ def gain_table(by_pair, claims):
         if set(measured) != {"–"}:
             cells = [f"{title}: {row} − {without}"]
             table.append(cells + [claim[column] for column in columns] + measured)
-    return table
-
-
-def start_table(runs):
-    """Avg of the rows that start.csv names, in the places where it names them."""
-    columns = list(START["distill"])[1:]
-    table = [["Avg"] + columns]
-    for method, row_of in START.items():
-        cells = [method]
-        for column in columns:
-            entries = runs[row_of[column]]
-            cells.append(mean_sd(scores(entries)))
-        table.append(cells)
     return table
 
 
@@ -161,7 +158,7 @@ def cost_table(entry):
     for name, side in entry["table3"].items():
         cells = [TABLE3[name]["label"], f"{side['ms']:.0f}"]
         paper_ms = TABLE3[name]["paper ms"]  # the paper does not have them all
-        for other in ("adamw", "talas"):
+        for other in ("STL", "STLA"):
             cells.append(f"{side['ratio'][other]:.2f}")
             paper_ratio = int(paper_ms) / int(TABLE3[other]["paper ms"]) if paper_ms else None
             cells.append(rounded(paper_ratio, ".2f"))
@@ -183,8 +180,7 @@ def tables(entries):
         made[f"main-{pair}"] = score_table(runs, MAIN, TASKS | AVERAGES, "row")
         made[f"summary-{pair}"] = score_table(runs, SUMMARY, AVERAGES, "in words")
         made[f"sharpness-{pair}"] = sharpness_table(runs)
-        if pair == "B":
-            made["start"] = start_table(runs)
+        made[f"start-{pair}"] = score_table(runs, STARTS, AVERAGES, "in words")
     for key, entry in entries.items():
         if "table3" in entry:
             name = key.replace("/", "-")  # such as bench-student-cls-cpu
@@ -213,7 +209,7 @@ def main(argv=None):
     parser.add_argument("files", nargs="+", type=Path, help="texts with marks for tables")
     parser.add_argument("--plots", type=Path, help="write the plots to this folder")
     args = parser.parse_args(argv)
-    entries = read_json(Path(args.results), needed=True)
+    entries = read_json(args.results, needed=True)
     made = tables(entries)
     for path in args.files:
         text = path.read_text("utf-8")

@@ -2,7 +2,7 @@
 
 pairs.csv: teachers and students; rows.csv: what a run can be; claims.csv and methods.csv: which row
 is compared with which; tasks.csv and averages.csv: titles of the scores; bench.csv and table3.csv:
-the benchmark; start.csv: the table of how W starts.
+the benchmark.
 """
 
 import argparse
@@ -33,8 +33,6 @@ TASKS = read_rows("tasks")
 AVERAGES = read_rows("averages")
 BENCH = read_rows("bench")
 TABLE3 = read_rows("table3")
-START = read_rows("start")
-STARTS = list(START["distill"])[2:]  # columns, after the method and the untrained student
 UNTRAINED = ("teacher", "before")  # rows that need no training
 HISTORY = ("step", "simcse", "tamd", "lasd")  # kept of metrics.jsonl
 NOT_COMPARED = ("output", "overwrite", "resume", "device", "sharpness")  # these change no student
@@ -44,14 +42,14 @@ def command_line(doc):
     """A parser for a module's command line: --results, and errors in one line."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("--results", default=f"{HERE}/results.json", help="the results file")
+    parser.add_argument("--results", type=Path, default=HERE / "results.json")
     return parser
 
 
 def record(path, key, entry):
     """Put an entry into the results file, a line each. Several processes may do so at a time."""
     with FileLock(f"{path}.lock"):
-        entries = read_json(Path(path))
+        entries = read_json(path)
         entries[key] = entry
         lines = [f"{json.dumps(name)}: {json.dumps(entries[name])}" for name in sorted(entries)]
         with whole(path) as partial:
@@ -93,11 +91,6 @@ def runs(entries):
             by_row = by_pair.setdefault(entry["pair"], defaultdict(list))
             by_row[entry["row"]].append(entry)
     return by_pair
-
-
-def scores(entries, task="avg"):
-    """The scores of some entries on a task, or an average."""
-    return [entry["scores"][task] for entry in entries]
 
 
 def gains(by_row, row, without, task="avg"):

@@ -1,7 +1,7 @@
 """The runs of the study: distil pairs with rows of the paper's tables, score them, record them.
 
     python study/run.py --pairs qwen3-0.6b --rows T STL STLA --seeds 42 43 44
-    python study/run.py --pairs B --rows all --models real --embeddings mpnet.npy \
+    python study/run.py --pairs B --rows before STLA --models real --embeddings mpnet.npy \
         --corpus corpus.jsonl --data DIR
 
 A run that is in results.json is not run again; the same command resumes an interrupted one. The
@@ -27,8 +27,6 @@ from support import fail
 from support.encoder import pooled_layers
 from support.files import read_json
 from support.run import interrupted
-
-BY_NAME = {"teacher", "released-code"}  # rows that `all` leaves out
 
 
 class Released(talas.Objective):
@@ -94,8 +92,13 @@ def make_cache(args, pair, path):
     teacher = PAIRS[pair]["teacher"]
     if "/" not in teacher:
         teacher = args.embeddings
-    flags = ["--teacher", teacher, "--corpus", args.corpus, "--output", path]
-    cache_teacher.main([*flags, "--dtype", PAIRS[pair]["dtype"]])
+    flags = [
+        f"--teacher={teacher}",
+        f"--corpus={args.corpus}",
+        f"--output={path}",
+        f"--dtype={PAIRS[pair]['dtype']}",
+    ]
+    cache_teacher.main(flags)
 
 
 def check_same(place, found, entry):
@@ -111,7 +114,7 @@ def train(args, row, s):
     resume = interrupted(out)
     if not resume and (out / "talas.json").exists():
         return
-    s = replace(s, resume=resume, overwrite=not resume)
+    s = replace(s, resume=resume, overwrite=True)
     if row == "released-code":
         released.train(args.released, s)
     elif is_online(row):
@@ -130,11 +133,10 @@ def run(args, pair, row, seed):
         s = settings_of_run(args, pair, row, seed)
         model = s.output
         entry["settings"] = portable(asdict(s))
-        sentences = s.corpus if is_online(row) else s.teacher
         if not is_online(row):
             make_cache(args, pair, s.teacher)
-        entry["corpus"] = cache_teacher.load_cache(sentences, needed=False)["fingerprint"]
-    recorded = read_json(Path(args.results)).get(key)
+        entry["corpus"] = cache_teacher.load_cache(args.corpus, needed=False)["fingerprint"]
+    recorded = read_json(args.results).get(key)
     if recorded:
         check_same(f"{args.results}, {key}", recorded, entry)
         return
@@ -143,9 +145,9 @@ def run(args, pair, row, seed):
         about = describe(Path(model))
         check_same(model, about, entry)
         entry |= about
-    scores = Path(args.work, f"{pair}-{row}-{seed}.json")
-    evaluation.main([model, "--data", args.data, "--json", str(scores)])
-    entry["scores"] = read_json(scores)[model]
+    scores = f"{args.work}/{pair}-{row}-{seed}.json"
+    evaluation.main([model, "--data", args.data, "--json", scores])
+    entry["scores"] = read_json(Path(scores))[model]
     record(args.results, key, entry)
 
 
@@ -154,7 +156,7 @@ def main(argv=None):
     parser = command_line(__doc__)
     flag = parser.add_argument
     flag("--pairs", nargs="+", required=True, choices=PAIRS)
-    flag("--rows", nargs="+", required=True, choices=["all", *ROWS])
+    flag("--rows", nargs="+", default=list(ROWS), choices=ROWS, help="default: all")
     flag("--seeds", nargs="+", type=int, default=[42], help="a run each")
     flag("--models", default="real", help="folder of the models of A and B")
     flag("--embeddings", default="mpnet.npy", help="array of those of A's and B's teacher")
@@ -165,10 +167,9 @@ def main(argv=None):
     flag("--work", default=f"{HERE}/runs", help="folder for caches and students")
     args = parser.parse_args(argv)
     Path(args.work).mkdir(parents=True, exist_ok=True)
-    for seed, pair, row in product(args.seeds, args.pairs, ROWS):
-        if row in args.rows or ("all" in args.rows and row not in BY_NAME):
-            print(f"--- {pair}, {row}, seed {seed}", flush=True)
-            run(args, pair, row, seed)
+    for seed, pair, row in product(args.seeds, args.pairs, args.rows):
+        print(f"--- {pair}, {row}, seed {seed}", flush=True)
+        run(args, pair, row, seed)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import statistics
 import subprocess
@@ -50,7 +49,6 @@ def test_the_starter_has_no_solutions_and_no_points(tmp_path):
         docstring, error = function.body
         assert ast.unparse(error) == f"raise NotImplementedError('Exercise {exercise}')"
     assert "eigsh" not in source
-    assert "student*/" in (starter / ".gitignore").read_text()
     for points, line in graded(tmp_path, source.encode()).values():
         assert points == 0
         assert "NotImplementedError: Exercise" in line
@@ -63,11 +61,9 @@ def test_the_key_is_made_without_torch(tmp_path):
     assert (tmp_path / "key/talas.py").read_text("utf-8") == SOLUTION
 
 
-def test_mistakes_of_the_teacher_are_one_line(tmp_path, monkeypatch, ends_with_one_line):
+def test_mistakes_of_the_teacher_are_one_line(tmp_path, ends_with_one_line):
     ends_with_one_line(lambda: make.main([str(tmp_path)]), "exists")
     ends_with_one_line(lambda: grade.main(["8"]), "no exercise 8")
-    monkeypatch.setitem(sys.modules, "checks", None)  # cannot be imported
-    ends_with_one_line(lambda: runpy.run_path(grade.__file__), "run grade.py in the folder that")
 
 
 @pytest.fixture
