@@ -213,7 +213,7 @@ def prepare(s, cache, kind=talas.Objective):
     corpus = Corpus(cache, encoder)
     projections = []
     if method_of(s) not in ("distillcse", "rkd"):  # these compare sentences within each space
-        projections = talas.new_projections(s, encoder, corpus.d_T)
+        projections = talas.new_projections(s, corpus)
     if hasattr(s, "projection_std"):
         for W in projections:
             W.mul_(s.projection_std / talas.W_STD)

@@ -34,7 +34,7 @@ def geometry(encoder, projections, corpus, rows):
     teacher_cosines = cosines(teacher.double())  # (n (n - 1) / 2,)
     not_anchored = [None] * (encoder.layers - len(projections))
     layers = []
-    for E, W in zip(pooled_layers(encoder, tokens), not_anchored + projections):  # (n, d_S)
+    for E, W in zip(pooled_layers(encoder, tokens)[1:], not_anchored + projections):  # (n, d_S)
         student_cosines = cosines(E.double())
         layer = {
             "spread": 1 - student_cosines.mean().item(),

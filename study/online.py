@@ -370,7 +370,7 @@ def parse_settings(argv):
 def prepare(s, cache):
     """(corpus, objective) for a cache's sentences, with the teacher on the student's device."""
     encoder = talas.load_student(s, cache["sentences"])
-    dtype = DTYPES[s.teacher_dtype]
+    dtype = getattr(torch, s.teacher_dtype)
     teacher = load_encoder(s.teacher, s.teacher_pooling, s.max_length, dtype, encoder.model.device)
     cache["teacher"] = s.teacher
     if s.method == "emo":  # the fused kernels return no attention

@@ -209,7 +209,7 @@ def main(argv=None):
     parser.add_argument("files", nargs="+", type=Path, help="texts with marks for tables")
     parser.add_argument("--plots", type=Path, help="write the plots to this folder")
     args = parser.parse_args(argv)
-    entries = read_json(args.results, needed=True)
+    entries = read_json(args.results)
     made = tables(entries)
     for path in args.files:
         text = path.read_text("utf-8")

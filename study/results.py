@@ -15,7 +15,6 @@ from filelock import FileLock
 from support import fail
 from support.data import read_table
 from support.files import read_json, whole
-from support.run import read_metrics
 
 HERE = Path(__file__).parent
 
@@ -67,8 +66,8 @@ def portable(settings):
 
 def describe(folder):
     """What a training left in its folder beside the weights: settings, versions, curves."""
-    about = read_json(folder / "talas.json", needed=True)
-    lines = read_metrics(folder)
+    about = read_json(folder / "talas.json")
+    lines = read_table(folder / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line and line["step"] % 50 == 0]
     history = {}
     for name in HISTORY:

@@ -22,8 +22,8 @@ import grade
 import make
 
 import eval as evaluation
-from cache_teacher import fingerprint
 from support.data import unique_corpus
+from support.files import digest
 
 SOLUTION = make.solution()
 TEXTBOOK = Path(__file__).with_name("textbook.py").read_text("utf-8")
@@ -103,7 +103,7 @@ def test_gradescope_without_talas_py_says_so_and_scores_the_student(autograder):
 
 
 # --------------------------------------------------------------------------------- the leaderboard
-DEMO = fingerprint(unique_corpus("demo")[0])
+DEMO = digest(unique_corpus("demo")[0])
 
 
 def trained(folder, steps=187, student="tiny", batch_size=32, teacher="lsa", corpus=DEMO):
