@@ -23,8 +23,10 @@ from support.files import digest, keep_apart, load, save, write_json
 
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl
 RESUME_ADVICE = "the same command with --resume continues (without it, if there is no output yet)"
-ABOVE_0 = {  # settings that must be above 0; other numbers may be 0
+ABOVE_0 = {  # settings, also of study/'s methods, that must be above 0; other numbers may be 0
     "temperature",
+    "student_temperature",
+    "teacher_temperature",
     "anchored_layers",
     "lr",
     "projection_lr_scale",
