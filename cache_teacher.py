@@ -32,8 +32,8 @@ def read_array(path, n):
     if path.endswith(".pt"):
         array = load(path)
     else:
-        errors = (OSError, ValueError, TypeError)  # TypeError: an array of text
-        with attempt(f"read {path} as an array of numbers that numpy.save wrote", *errors):
+        what = f"read {path} as an array of numbers that numpy.save wrote"
+        with attempt(what, OSError, ValueError, TypeError):  # TypeError: an array of text
             array = torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))
     shape = tuple(getattr(array, "shape", ()))
     if len(shape) != 2 or shape[0] != n:
@@ -98,6 +98,8 @@ def make_cache(args, request, recipe, teacher, texts, sources, embeddings):
     A sentence whose embedding is zero has no target and is removed: lsa may know none of its words.
     """
     kept = embeddings.any(dim=1).nonzero().flatten().tolist()
+    if not kept:
+        fail(f"{args.teacher}: all embeddings are zero")
     if len(kept) < len(texts):
         print(f"{len(texts) - len(kept)} sentences removed: their embeddings are zero")
         texts = [texts[i] for i in kept]

@@ -127,12 +127,12 @@ def read_in_domain(path, available):
 
 
 def read_split(data, task, split):
-    """The rows of a task's split: from the Hub, a .csv file, or a .jsonl file if there is none."""
+    """The rows of a task's split: from the Hub, a .jsonl file, or a .csv file if there is none."""
     if data == "hub":
         return load_hub_split(task, split)
-    path = Path(data, task, f"{split}.csv")
+    path = Path(data, task, f"{split}.jsonl")
     if not path.exists():
-        path = path.with_suffix(".jsonl")
+        path = path.with_suffix(".csv")
     return read_table(path)
 
 

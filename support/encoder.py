@@ -62,7 +62,11 @@ class Encoder:
 
     def identity(self):
         """A hash of what its embeddings depend on, but for the weights."""
-        return digest(self.model.config.to_diff_dict(), self.tokenizer.to_str(), self.pooling)
+        return digest(
+            self.model.config.to_diff_dict() | {"transformers_version": None},
+            self.tokenizer.to_str(),
+            self.pooling,
+        )
 
 
 def tokenize(encoder, sentences):
@@ -173,8 +177,7 @@ def save_encoder(folder, encoder):
     pooling["word_embedding_dimension"] = encoder.dimensions
     (folder / "1_Pooling").mkdir(exist_ok=True)
     write_json(folder / "1_Pooling" / "config.json", pooling)
-    limit = {"max_seq_length": encoder.max_length}
-    write_json(folder / "sentence_bert_config.json", limit)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": encoder.max_length})
 
 
 def dry_run(encoder, corpus, output):

@@ -33,7 +33,6 @@ ADVICE = (
 )
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # of a model on the Hub
 COPIES = ["onnx/*", "openvino/*", "original/*", "consolidated*"]  # of the weights
-THEIR_MODE = {"cls": "cls", "mean": "mean", "last": "lasttoken"}  # pooling -> pooling_mode
 BUFFERS = ("attn.bias", "attention.bias", "masked_bias", "inv_freq")  # in older files of weights
 
 
@@ -94,7 +93,7 @@ def read_pooling(path):
     # older versions: "pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false
     flags = [key for key in settings if key.startswith("pooling_mode_") and settings[key]]
     for pooling, flag in POOLING_FLAGS.items():
-        if mode == THEIR_MODE[pooling] or flags == [flag]:
+        if flag.startswith(f"pooling_mode_{mode}") or flags == [flag]:
             return pooling
     fail(f"{path}: pooling_mode {mode or flags} is not implemented; {ADVICE}")
 
@@ -129,8 +128,9 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
 def load_model(name, folder, dtype):
     """The model itself, with all its weights."""
     path = folder / "config.json"
-    settings = read_json(path)
-    for key in ("auto_map", "quantization_config"):  # code of the model's own; quantised weights
+    settings = read_json(path) | read_json(folder / "adapter_config.json")
+    # code of the model's own; quantised weights; an adapter
+    for key in ("auto_map", "quantization_config", "peft_type"):
         if settings.get(key):
             fail(f"{path}: {key} is not implemented; {ADVICE}")
     what = f"load {name} (are its files whole, and do they fit each other?)"
@@ -208,9 +208,9 @@ def special_tokens_of(library, tokenizer):
 
 def is_decoder(config):
     """Whether a token sees only those before it."""
-    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES  # BERT is in both
-    return causal and not masked
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:  # such as BERT, which can be both
+        return getattr(config, "is_decoder", False)
+    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def choose_pooling(name, config, requested, declared):

@@ -67,7 +67,7 @@ def memory_mb(device):
 
 def rank():
     """The number of this process, from 0. The first one writes and prints."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if processes() > 1 else 0
 
 
 def processes():
@@ -147,8 +147,7 @@ def check_fit(s, corpus):
 
 def interrupted(folder):
     """Whether a folder holds an unfinished run: talas.json is written last."""
-    names = {path.name for path in Path(folder).glob("*")}
-    return "metrics.jsonl" in names and "talas.json" not in names
+    return (folder / "metrics.jsonl").exists() and not (folder / "talas.json").exists()
 
 
 def check_output_folder(s):
@@ -178,7 +177,7 @@ class Checkpoint:
 
     def __init__(self, s, corpus, objective, optimizer, scheduler):
         self.path = Path(s.output, "checkpoint.pt")
-        self.log = Path(s.output, "metrics.jsonl")
+        self.log = self.path.with_name("metrics.jsonl")
         self.resume = s.resume
         self.parts = {"weights": objective, "adamw": optimizer, "scheduler": scheduler}
         self.facts = {
