@@ -160,8 +160,9 @@ def check_weights(name, model, report):
     missing += [mismatch[0] for mismatch in report["mismatched_keys"]]
     if missing:
         fail(f"{name}: its files lack {len(missing)} of config.json's weights, as {missing[0]}")
-    parts = model.named_modules()
-    layer_lists = [f".{key}." for key, part in parts if isinstance(part, torch.nn.ModuleList)]
+    layer_lists = [
+        f".{key}." for key, part in model.named_modules() if isinstance(part, torch.nn.ModuleList)
+    ]
     for key in report["unexpected_keys"]:  # those of a head are unexpected, and not used
         in_a_layer = any(name in f".{key}" for name in layer_lists)  # such as ".encoder.layer."
         if in_a_layer and not key.endswith(BUFFERS):
