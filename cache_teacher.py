@@ -97,14 +97,14 @@ def make_cache(args, request, recipe, teacher, texts, sources, embeddings):
 
     A sentence whose embedding is zero has no target and is removed: lsa may know none of its words.
     """
-    kept = embeddings.any(dim=1).nonzero().flatten().tolist()
-    if not kept:
+    nonzero = embeddings.any(dim=1).nonzero().flatten().tolist()
+    if not nonzero:
         fail(f"{args.teacher}: all embeddings are zero")
-    if len(kept) < len(texts):
-        print(f"{len(texts) - len(kept)} sentences removed: their embeddings are zero")
-        texts = [texts[i] for i in kept]
-        sources = [sources[i] for i in kept]
-        embeddings = embeddings[kept]
+    if len(nonzero) < len(texts):
+        print(f"{len(texts) - len(nonzero)} sentences removed: their embeddings are zero")
+        texts = [texts[i] for i in nonzero]
+        sources = [sources[i] for i in nonzero]
+        embeddings = embeddings[nonzero]
     dtype = torch.float16 if args.dtype == "float16" else torch.float32
     stored = embeddings.to(dtype).contiguous()
     bad = rows_without_direction(embeddings, stored)
@@ -130,7 +130,7 @@ def make_cache(args, request, recipe, teacher, texts, sources, embeddings):
 def check_cache(path, cache):
     """End the program if a file's content is not a cache, whole and of this format."""
     if not isinstance(cache, dict) or "fingerprint" not in cache:
-        fail(f"{path} is not a teacher cache; python cache_teacher.py --teacher {path} makes one")
+        fail(f"{path} is not a teacher cache; cache_teacher.py --output NAME.pt writes one")
     if cache["version"] != VERSION:
         fail(f"{path} has format {cache['version']}, this code reads {VERSION}; make it again")
     sentences = cache["sentences"]
@@ -156,7 +156,7 @@ def load_cache(path, needed=True):
         cache = load(path)
         check_cache(path, cache)
     elif needed:
-        fail(f"{path} is not a teacher cache; python cache_teacher.py --teacher {path} makes one")
+        fail(f"{path} is not a teacher cache; cache_teacher.py --output NAME.pt writes one")
     else:
         texts, sources = unique_corpus(path)[:2]
         cache = {"sentences": texts, "sources": sources, "fingerprint": digest(texts)}
@@ -180,7 +180,9 @@ def parse_args(argv):
     flag("--pooling", default="auto", choices=["auto", "cls", "mean", "last"], help="of a model")
     flag("--batch_size", type=positive, default=32, help="sentences per forward pass")
     flag("--max_length", type=positive, default=256, help="in tokens; longer sentences are cut")
-    flag("--dtype", default="float32", choices=DTYPES, help="of the weights; float16: stored so")
+    flag(
+        "--dtype", default="float32", choices=DTYPES, help="of the weights; float16 is also stored"
+    )
     flag("--device", default="auto", help="auto: the accelerator if there is one, else cpu")
     flag("--seed", type=int, default=42, help="of the paper corpus's sample")
     args = parser.parse_args(argv)

@@ -55,8 +55,7 @@ def cosine(a, b):
     b = b.astype(np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     norms[norms == 0] = 1.0
-    cosines = (a * b).sum(1) / norms
-    return cosines.round(12)
+    return ((a * b).sum(1) / norms).round(12)
 
 
 def macro_f1(train, train_labels, test, test_labels):
@@ -64,8 +63,7 @@ def macro_f1(train, train_labels, test, test_labels):
 
     scikit-learn warns of a regression that has not converged.
     """
-    model = LogisticRegression(max_iter=1000)  # in the embeddings' own type, float32
-    model.fit(train, train_labels)
+    model = LogisticRegression(max_iter=1000).fit(train, train_labels)  # in float32, their type
     return 100 * f1_score(test_labels, model.predict(test), average="macro")
 
 
@@ -210,7 +208,7 @@ def load_model(name, args):
 
 
 def embed(model, texts, batch_size, label):
-    """Embeddings of n texts, (n, d); label: of the progress bar."""
+    """Embeddings of n texts, (n, d); label: for the progress bar and an error."""
     if isinstance(model, Encoder):
         return encode(model, tokenize(model, texts), batch_size, label).numpy()
     return model.transform(texts)
@@ -233,15 +231,13 @@ def evaluate(name, tasks, in_domain, args):
                 if row[column] not in embeddings:
                     texts[row[column]] = None
         if texts:
-            vectors = embed(model, list(texts), args.batch_size, task_name)
+            vectors = embed(model, list(texts), args.batch_size, f"{name} {task_name}")
             embeddings.update(zip(texts, vectors))
         scores[task_name] = score(task_name, task, embeddings)
     inside = [value for task, value in scores.items() if task in in_domain]
     outside = [value for task, value in scores.items() if task not in in_domain]
-    scores["avg_in"] = mean(inside)
-    scores["avg_out"] = mean(outside)
-    scores["avg"] = mean(inside + outside)
-    return scores
+    averages = {"avg_in": mean(inside), "avg_out": mean(outside), "avg": mean(inside + outside)}
+    return scores | averages
 
 
 def markdown(results, tasks, in_domain):
@@ -283,7 +279,7 @@ def parse_args(argv):
         args.data = DEMO
     if args.tasks:
         args.tasks = args.tasks.split(",")
-    if args.json:
+    if args.json is not None:
         check_output("--json", args.json)
         path = Path(args.json)
         if path.exists() and b'"avg_out"' not in path.read_bytes():

@@ -5,10 +5,10 @@
     torchrun --nproc_per_node=4 talas.py --teacher ...     # data-parallel, on 4 GPUs
 
 Settings (Appendix E), losses (Eqs. 3-7 and 10-12), ASAM (Eq. 2), Algorithm 1, sharpness (Table 4).
-`s` is the Settings; a note is one of docs/notes.md. N is the batch size, T a batch's longest
-sentence in tokens, L the number of the student's layers (L(w) is the loss), K that of the anchored
-ones, M that of the domains in a batch, d_S and d_T the widths of student and teacher. The T of e^T
-and E^T stands for the teacher; a transpose is ᵀ.
+`s` is the Settings. The notes are in docs/notes.md. N is the batch size, T the number of tokens, L
+the number of the student's layers (L(w) is the loss), K the number of anchored layers, M the number
+of domains in a batch, d_S and d_T the widths of student and teacher. The T of e^T and E^T stands
+for the teacher; a transpose is ᵀ.
 """
 
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ class Settings:
     """Every setting; each is a flag of the same name.
 
     Appendix E gives lambda1-3, lr, epochs and batch_size, Fig. 3 anchored_layers. Where the paper
-    is silent, docs/notes.md says more of the default.
+    is silent, docs/notes.md explains the default.
     """
 
     # input and output (HfArg: a dataclass field with a help text)
@@ -145,7 +145,7 @@ def simcse_loss(z, z_prime, temperature):
 
 
 def total_loss(layers, projections, teacher, s):
-    """The training objective, Eq. 7: (loss, {name: term}), scalars; without terms of weight 0.
+    """The training objective, Eq. 7: (loss, {name: term}), scalars. Terms of weight 0 are left out.
 
     layers: all L, each (views, N, d_S); projections: K of W_l (d_S, d_T); teacher: E^T (N, d_T).
     """
@@ -200,8 +200,8 @@ class Objective(torch.nn.Module):
     def forward(self, tokens, teacher, domains=None):
         """(loss to differentiate, {values to log}) at the present w.
 
-        tokens: as in embed; teacher: E^T (N, d_T), or None without TAMD. values["loss"] is Eq. 7.
-        So is the loss; but with domains, (N,), it is Eq. 10, which DISAM climbs.
+        tokens: as in embed; teacher: E^T (N, d_T), or None without TAMD. values["loss"] is always
+        Eq. 7. The returned loss is the same or, with domains, (N,), Eq. 10, which DISAM climbs.
         """
         views = 2 if self.s.lambda1 else 1
         layers = embed(self.encoder, tokens, self.s, views)  # L of (views, N, d_S)
@@ -255,7 +255,7 @@ class ASAM:
             T[p] = p.abs().add_(self.eta) if self.adaptive else torch.ones_like(p)
             p.grad *= T[p]  # T_w ∇L(w)
         norm = get_total_norm([p.grad for p in moved])  # ‖T_w ∇L(w)‖₂, one norm over all (note 13)
-        if norm >= 1e-12:  # too small a gradient has no direction
+        if norm >= 1e-12:  # a gradient this small gives no direction
             for p in moved:
                 self.w[p] = p.clone()
                 epsilon = p.grad.mul_(T[p]).mul_(self.rho / norm)  # ρ T_w² ∇L(w) / ‖T_w ∇L(w)‖₂
@@ -348,16 +348,17 @@ def train(s, corpus, objective):
     for epoch in range(first_epoch, s.epochs):
         log.begin_epoch()
         objective.train()
-        torch.manual_seed(seed_of(s.seed, epoch, rank(), "dropout"))  # the same when resumed
+        torch.manual_seed(seed_of(s.seed, epoch, rank(), "dropout"))  # a resumed run draws the same
         for rows in batches_of_this_process(batches(len(corpus), s, epoch)):
             tokens, teacher, domains = corpus.batch(rows)  # B, and E^T from the cache
             values = training_step(parallel, asam, tokens, teacher, domains, s)
             log.step(values, scheduler.get_last_lr()[0])
             scheduler.step()
-        lambda_max = measure_sharpness(objective, corpus, s) if s.sharpness else None
-        log.end_epoch(lambda_max)
+        sharpness = {}
+        if s.sharpness:
+            sharpness["lambda_max"] = measure_sharpness(objective, corpus, s)
+        log.end_epoch(sharpness)
         checkpoint.save(epoch + 1)
-    log.close()
 
 
 # ---------------------------------------------------------------------------- sharpness (Table 4)
@@ -469,7 +470,7 @@ def load_student(s, sentences):
 
 
 def finish(s, cache, objective):
-    """Write student and W_l to a draft, and move its files into the output. The record is last."""
+    """Write the student and the W_l to a draft folder, and publish it in the output folder."""
     if rank() > 0:
         return
     draft = Path(s.output, ".saving")

@@ -10,8 +10,8 @@ from support import fail
 def fit_lsa(sentences):
     """Latent semantic analysis of a corpus: .transform(n str) -> (n, <= 32).
 
-    TF-IDF without the most common words (in over 3 % of the sentences), which say little, then
-    truncated SVD with a fixed seed. Ends the program if the corpus is too small.
+    TF-IDF without the most common words, which say little: those in over 3 % of the sentences and
+    in over 50. Then truncated SVD with a fixed seed. Ends the program if the corpus is too small.
     """
     most_common = max(50, len(sentences) * 3 // 100)
     tfidf = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+", max_df=most_common)

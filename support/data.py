@@ -54,13 +54,17 @@ def read_jsonl(path, lines):
 def read_csv(path, text):
     """The rows of a .csv or .tsv file, whose first line names the columns."""
     delimiter = "\t" if path.suffix == ".tsv" else ","
-    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(
+        io.StringIO(text), delimiter=delimiter, strict=True, skipinitialspace=True
+    )
     with attempt(f"read {path} (is a quotation mark not closed?)", csv.Error):
         rows = list(reader)
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():  # surplus fields have the key None
-            count = len(reader.fieldnames)
-            fail(f"{path}, row {number} does not have {count} fields; quote one with a comma")
+            fail(
+                f"{path}, row {number} does not have {len(reader.fieldnames)} fields; "
+                "quote one with a comma"
+            )
     return rows
 
 
@@ -75,7 +79,7 @@ def read_corpus(name, seed=42):
     sentences, sources = [], []
     for number, row in enumerate(read_table(DEMO / "corpus.jsonl" if name == "demo" else name), 1):
         if not isinstance(row.get("text"), str):
-            fail(f"{name} needs a column named text, of text; row {number} is {row}")
+            fail(f"{name} needs a column named text, of text; row {number} has {list(row)}")
         sentences.append(row["text"])
         sources.append(str(row.get("source") or Path(name).stem))
     return sentences, sources
@@ -108,9 +112,8 @@ def unique_corpus(name, seed=42):
     first_position.pop("", None)
     texts = list(first_position)
     kept = list(first_position.values())
-    removed = len(sentences) - len(texts)
-    if removed:
-        print(f"{len(sentences)} sentences: {removed} blank or repeated, {len(texts)} left")
+    if len(texts) < len(sentences):
+        print(f"{len(sentences)} sentences; {len(texts)} without the blank and the repeated ones")
     if not texts:
         fail(f"the corpus {name} has no sentences")
     return texts, [all_sources[i] for i in kept], kept, len(sentences)
@@ -122,7 +125,7 @@ class Corpus:
     def __init__(self, cache, encoder):
         self.encoder = encoder
         self.sentences = cache["sentences"]
-        self.tokens = tokenize(encoder, cache["sentences"])
+        self.tokens = tokenize(encoder, self.sentences)
         self.embeddings = cache["embeddings"]  # (n, d_T), on disk; None without a teacher
         self.domains = torch.from_numpy(np.unique(cache["sources"], return_inverse=True)[1])
 
@@ -131,12 +134,12 @@ class Corpus:
 
     def batch(self, rows):
         """Positions (N,) -> tokens, (N, T) each; E^T, (N, d_T), or None; domains, (N,)."""
-        device = self.encoder.model.device
-        tokens = pad(self.tokens, rows, self.encoder.model)
+        model = self.encoder.model
+        tokens = pad(self.tokens, rows, model)
         teacher = None
         if self.embeddings is not None:
-            teacher = self.embeddings[rows].float().to(device)
-        return tokens, teacher, self.domains[rows].to(device)
+            teacher = self.embeddings[rows].float().to(model.device)
+        return tokens, teacher, self.domains[rows].to(model.device)
 
     def identity(self):
         """A hash of the sentences, targets and domains, and of the encoder without its weights."""
@@ -151,8 +154,10 @@ def load_hub_split(task, split):
     benchmark = HUB[task]
     source = benchmark["source"]  # dataset, configuration and revision
     columns = benchmark["columns"]
-    advice = "your own file (--corpus) or folder (--data) works offline"
-    with attempt(f"load {task} ({source['path']}, {split}) from the Hub; {advice}"):
+    with attempt(
+        f"load {task} ({source['path']}, {split}) from the Hub; your own file (--corpus) or folder "
+        "(--data) works offline"
+    ):
         data = datasets.load_dataset(**source, split=split)
     rows = data.select_columns(list(columns)).rename_columns(columns).to_list()
     labels = benchmark.get("labels", {})  # their names -> numbers

@@ -62,11 +62,8 @@ class Encoder:
 
     def identity(self):
         """A hash of what its embeddings depend on, but for the weights."""
-        return digest(
-            self.model.config.to_diff_dict() | {"transformers_version": None},
-            self.tokenizer.to_str(),
-            self.pooling,
-        )
+        config = self.model.config.to_diff_dict() | {"transformers_version": None}
+        return digest(config, self.tokenizer.to_str(), self.pooling)
 
 
 def tokenize(encoder, sentences):
@@ -74,6 +71,9 @@ def tokenize(encoder, sentences):
 
     They are cut to the encoder's maximum length. Prints how many were cut.
     """
+    special = encoder.tokenizer.num_special_tokens_to_add(False)
+    if encoder.max_length <= special:
+        fail(f"--max_length {encoder.max_length}: {special} special tokens leave no room for words")
     tokens = []
     cut = 0
     for i in range(0, len(sentences), SLICE):
@@ -108,7 +108,7 @@ def pooled_layers(encoder, tokens, precision="float32"):
     use_bfloat16 = precision == "bfloat16" and model.training
     lengths = tokens["attention_mask"].sum(1)
     order = lengths.argsort(stable=True)
-    pieces = []  # the L pooled layers of each piece
+    pieces = []  # the L + 1 pooled layers of each piece
     for rows in order.split(PIECE if model.device.type == "cpu" else len(order)):
         longest = lengths[rows[-1]]
         piece = {name: values[rows, :longest] for name, values in tokens.items()}
@@ -127,8 +127,8 @@ def encode(encoder, tokens, batch_size, label=None, file=None):
     """Pooled last-layer embeddings of n sentences, not normalised: float32 (n, d), on the CPU.
 
     Batches hold sentences of similar length, the longest first: one that is too large fails at
-    once. The embeddings are appended to `file`, open in binary for that and for reading; what an
-    earlier call wrote there is kept. Without it they go to a temporary file.
+    once. The embeddings are appended to `file`, opened as a+b, after the whole batches that an
+    earlier call wrote. Without `file` they go to a temporary file.
     """
     file = file or tempfile.TemporaryFile()
     model = encoder.model.eval()
@@ -160,7 +160,6 @@ def save_encoder(folder, encoder):
 
     The files of its tokenizer are written anew: the class that the old ones name may differ.
     """
-    folder = Path(folder)
     with attempt(f"save the student in {folder}", OSError, SafetensorError):
         encoder.model.save_pretrained(folder)
     encoder.tokenizer.save(str(folder / "tokenizer.json"))
@@ -186,11 +185,13 @@ def dry_run(encoder, corpus, output):
     Ends the program if that fails, or if transformers reads other token ids from what was saved
     than the encoder is trained with.
     """
+    if not encoder.special_tokens["pad_token"]:
+        fail("the student has no token to pad with; name a pad_token in its tokenizer_config.json")
     with (
         attempt(f"write next to --output {output}", OSError),
         tempfile.TemporaryDirectory(prefix=".trial-", dir=Path(output).parent) as folder,
     ):
-        save_encoder(folder, encoder)
+        save_encoder(Path(folder), encoder)
         reloaded = AutoTokenizer.from_pretrained(folder)
     reloaded_ids = reloaded(corpus.sentences[:100], truncation=True)["input_ids"]
     if reloaded_ids != [ids.tolist() for ids in corpus.tokens[:100]]:

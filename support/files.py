@@ -41,7 +41,7 @@ def save(path, content):
 def write_json(path, content):
     """Write a JSON file, whole or not at all."""
     with whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path):
@@ -61,8 +61,8 @@ def load(path, mmap=True):
         return torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
     except READ_ERRORS:  # torch's own message advises to run the file's code
         fail(
-            f"cannot read {path}: there is no such file, or it is not one of tensors and plain "
-            "values by torch.save, or not all of it (an interrupted download, a Git LFS pointer?)"
+            f"cannot read {path}: it is missing, incomplete (an interrupted download, a Git LFS "
+            "pointer?) or not a file of tensors and plain values that torch.save wrote"
         )
 
 

@@ -33,14 +33,14 @@ ADVICE = (
 )
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # of a model on the Hub
 COPIES = ["onnx/*", "openvino/*", "original/*", "consolidated*"]  # of the weights
-BUFFERS = ("attn.bias", "attention.bias", "masked_bias", "inv_freq")  # in older files of weights
+BUFFERS = ("attn.bias", "attention.bias", "masked_bias", "inv_freq")  # in older weight files
 
 
 def model_folder(name):
     """The path of a directory, or of a Hub id's files, downloaded or from the cache."""
     if Path(name).exists():
         return Path(name)
-    with attempt(f"find {name}: no such folder; on the Hub (offline: `hf download` it before)"):
+    with attempt(f"find {name}: no such folder, nor on the Hub (offline: run `hf download` first)"):
         folder = Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=COPIES))
         if not list(folder.rglob("*.safetensors")):
             snapshot_download(name, allow_patterns="*.bin", ignore_patterns=COPIES)
@@ -111,7 +111,8 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
     model = load_model(name, declared.folder, dtype).to(device)
     tokenizer, library = load_tokenizer(name, declared)
     # model_max_length is huge if no file has it
-    limit = min(max_length, declared.max_length or library.model_max_length)
+    positions = getattr(model.config, "max_position_embeddings", max_length)
+    limit = min(max_length, declared.max_length or library.model_max_length, positions)
     tokenizer.enable_truncation(limit, direction=library.truncation_side)
     pooling = choose_pooling(name, model.config, pooling, declared.pooling)
     encoder = Encoder(
@@ -127,14 +128,12 @@ def load_encoder(name, pooling="auto", max_length=256, dtype=torch.float32, devi
 
 def load_model(name, folder, dtype):
     """The model itself, with all its weights."""
-    path = folder / "config.json"
-    settings = read_json(path) | read_json(folder / "adapter_config.json")
+    settings = read_json(folder / "config.json") | read_json(folder / "adapter_config.json")
     # code of the model's own; quantised weights; an adapter
     for key in ("auto_map", "quantization_config", "peft_type"):
         if settings.get(key):
-            fail(f"{path}: {key} is not implemented; {ADVICE}")
-    what = f"load {name} (are its files whole, and do they fit each other?)"
-    with attempt(what, *READ_ERRORS, SafetensorError, ImportError):
+            fail(f"{folder}: {key} is not implemented; {ADVICE}")
+    with attempt(f"load {name} (are its files whole?)", *READ_ERRORS, SafetensorError, ImportError):
         config = AutoConfig.from_pretrained(
             folder,
             output_attentions=False,
@@ -155,7 +154,7 @@ def load_model(name, folder, dtype):
 
 
 def check_weights(name, model, report):
-    """End the program if weights are missing, or layers in the files have more than the model's."""
+    """End the program if weights are missing, or if the files' layers have weights to spare."""
     missing = [key for key in report["missing_keys"] if "pooler" not in key]  # which is not used
     missing += [mismatch[0] for mismatch in report["mismatched_keys"]]
     if missing:
@@ -164,7 +163,7 @@ def check_weights(name, model, report):
         f".{key}." for key, part in model.named_modules() if isinstance(part, torch.nn.ModuleList)
     ]
     for key in report["unexpected_keys"]:  # those of a head are unexpected, and not used
-        in_a_layer = any(name in f".{key}" for name in layer_lists)  # such as ".encoder.layer."
+        in_a_layer = any(prefix in f".{key}" for prefix in layer_lists)  # as ".encoder.layer."
         if in_a_layer and not key.endswith(BUFFERS):
             fail(f"{name}: a {type(model).__name__} does not use its weight {key}; {ADVICE}")
 
@@ -199,7 +198,10 @@ def load_tokenizer(name, declared):
 
 
 def special_tokens_of(library, tokenizer):
-    """Those in the vocabulary, such as {"pad_token": "[PAD]"}; a decoder may pad with [EOS]."""
+    """{role: token}, such as {"pad_token": "[PAD]"}; without a token of its own, [EOS] pads.
+
+    Tokens that are not in the vocabulary are left out.
+    """
     vocabulary = tokenizer.get_vocab()
     roles = library.special_tokens_map
     tokens = {role: token for role, token in roles.items() if str(token) in vocabulary}

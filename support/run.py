@@ -22,7 +22,7 @@ from support import attempt, fail
 from support.files import digest, keep_apart, load, save, write_json
 
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl
-RESUME_ADVICE = "the same command with --resume continues (without it, if there is no output yet)"
+RESUME_ADVICE = "run the same command with --resume (without it if there is no output yet)"
 ABOVE_0 = {  # settings, also of study/'s methods, that must be above 0; other numbers may be 0
     "temperature",
     "student_temperature",
@@ -61,8 +61,8 @@ def memory_mb(device):
     statm = Path("/proc/self/statm")
     if not statm.exists():  # only Linux has it
         return 0.0
-    pages, from_files = map(int, statm.read_text().split()[1:3])  # resident; the cache is a file
-    return (pages - from_files) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    resident, shared = map(int, statm.read_text().split()[1:3])  # shared: the cache, a mapped file
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def rank():
@@ -83,7 +83,7 @@ def start_processes(s):
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group()
     if rank() > 0:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        sys.stdout = open(os.devnull, "w")
 
 
 def stop_processes():
@@ -101,7 +101,7 @@ def data_parallel(objective):
 
 
 def batches_of_this_process(batches):
-    """Every n-th of an epoch's batches, for n processes; each process gets as many."""
+    """Every n-th of an epoch's batches, for n processes; each process gets the same number."""
     steps = len(batches) // processes()
     return batches[rank() :: processes()][:steps]
 
@@ -115,7 +115,7 @@ def seed_of(*parts):
 def check_settings(s):
     """End the program if a setting has no meaning."""
     for name, value in asdict(s).items():
-        if name in ABOVE_0 and not value > 0:  # which is true for NaN
+        if name in ABOVE_0 and not value > 0:  # or NaN
             fail(f"--{name} {value}: it must be above 0")
         if type(value) in (int, float) and not value >= 0:
             fail(f"--{name} {value}: it must be at least 0")
@@ -247,7 +247,7 @@ class Log:
     def write(self, line):
         """Append a line to metrics.jsonl."""
         if rank() == 0:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
     def begin_epoch(self):
@@ -276,24 +276,21 @@ class Log:
             )
         means = dict(zip(names, (rows.mean(0) / processes()).tolist()))
         seconds = time.perf_counter() - self.clock
-        line = {"step": self.count, "epoch": math.ceil(self.count / self.steps)} | means
-        line["lr"] = lr
-        line["ms_per_step"] = 1000 * seconds / len(rows)
-        line["memory_mb"] = memory_mb(self.device)
-        self.write(line)
+        line = {
+            "step": self.count,
+            "epoch": math.ceil(self.count / self.steps),
+            "lr": lr,
+            "ms_per_step": 1000 * seconds / len(rows),
+            "memory_mb": memory_mb(self.device),
+        }
+        self.write(line | means)
         self.values = []
         self.clock = time.perf_counter()
 
-    def end_epoch(self, lambda_max):
-        """Write the line of an epoch."""
+    def end_epoch(self, values):
+        """Write the line of an epoch, with these {name: number}."""
         line = {"end_of_epoch": self.count // self.steps, "step": self.count}
-        if lambda_max is not None:
-            line["lambda_max"] = lambda_max
-        self.write(line)
-
-    def close(self):
-        """End the progress bar."""
-        self.bar.close()
+        self.write(line | values)
 
 
 # ------------------------------------------------------------------------------ what a run leaves
@@ -303,8 +300,13 @@ def write_card(path, s, teacher):
     if s.student != "tiny" and not Path(s.student).exists():
         base_model = f"base_model: {s.student}\n"
     template = Path(__file__).with_name("card.md").read_text("utf-8")
-    method = getattr(s, "method", "TALAS")
-    card = template.format(s=s, teacher=teacher, method=method, base_model=base_model)
+    card = template.format(
+        s=s,
+        name=Path(s.output).name,
+        teacher=teacher,
+        method=getattr(s, "method", "TALAS"),
+        base_model=base_model,
+    )
     path.write_text(card, encoding="utf-8")
 
 

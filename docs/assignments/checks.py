@@ -363,9 +363,8 @@ def ten_steps(talas):
             output = f"{folder}/{optimizer}"
             flags = f"--teacher {cache} --output {output} --optimizer {optimizer}"
             talas.main([*flags.split(), "--batch_size", "8", "--epochs", "2"])
-            before, after = [
-                line["tamd"] for line in read_table(f"{output}/metrics.jsonl") if "tamd" in line
-            ]
+            lines = read_table(f"{output}/metrics.jsonl")
+            before, after = [line["tamd"] for line in lines if "tamd" in line]
             limit = 0.95 * before
             compare(after, f"below {limit}", f"{optimizer}, tamd after ten steps", after < limit)
         talas.main([*flags.split(), "--batch_size", "8", "--overwrite", "--sharpness"])
