@@ -92,10 +92,9 @@ def pad(tokens, rows, model):
     """
     ids = [torch.from_numpy(tokens[i]).long() for i in rows]
     ones = [torch.ones_like(sentence) for sentence in ids]
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True).to(model.device),
-        "attention_mask": pad_sequence(ones, batch_first=True).to(model.device),
-    }
+    input_ids = pad_sequence(ids, batch_first=True).to(model.device)
+    attention_mask = pad_sequence(ones, batch_first=True).to(model.device)
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 def pooled_layers(encoder, tokens, precision="float32"):
@@ -167,9 +166,8 @@ def save_encoder(folder, encoder):
         "tokenizer_class": "PreTrainedTokenizerFast",  # which reads tokenizer.json as it is
         "model_max_length": encoder.max_length,
         "model_input_names": ["input_ids", "attention_mask"],
-        **encoder.special_tokens,
     }
-    write_json(folder / "tokenizer_config.json", tokenizer_config)
+    write_json(folder / "tokenizer_config.json", tokenizer_config | encoder.special_tokens)
     # and what sentence-transformers reads besides: Transformer, then Pooling
     shutil.copy(Path(__file__).with_name("modules.json"), folder)
     pooling = {flag: encoder.pooling == name for name, flag in POOLING_FLAGS.items()}
@@ -187,12 +185,10 @@ def dry_run(encoder, corpus, output):
     """
     if not encoder.special_tokens["pad_token"]:
         fail("the student has no token to pad with; name a pad_token in its tokenizer_config.json")
-    with (
-        attempt(f"write next to --output {output}", OSError),
-        tempfile.TemporaryDirectory(prefix=".trial-", dir=Path(output).parent) as folder,
-    ):
-        save_encoder(Path(folder), encoder)
-        reloaded = AutoTokenizer.from_pretrained(folder)
+    with attempt(f"write next to --output {output}", OSError):
+        with tempfile.TemporaryDirectory(prefix=".trial-", dir=Path(output).parent) as folder:
+            save_encoder(Path(folder), encoder)
+            reloaded = AutoTokenizer.from_pretrained(folder)
     reloaded_ids = reloaded(corpus.sentences[:100], truncation=True)["input_ids"]
     if reloaded_ids != [ids.tolist() for ids in corpus.tokens[:100]]:
         fail(

@@ -53,7 +53,7 @@ class Declarations(NamedTuple):
     folder: Path  # of the weights
     pooling: str | None = None
     max_length: int | None = None  # tokens
-    lower_case: bool = False
+    lower_case: bool | None = None
 
 
 def read_declarations(root):
@@ -75,14 +75,16 @@ def read_declarations(root):
         fail(f"{root} puts a prompt before every sentence, {prompt!r}; {ADVICE}")
     if settings.get("truncate_dim"):
         fail(f"{root}: truncate_dim {settings['truncate_dim']} is not implemented; {ADVICE}")
+    folder = folders[0]
+    pooling = read_pooling(folders[1] / "config.json")
     limits = {}
-    for path in folders[0].glob("sentence_*_config.json"):  # *: bert, or in old files the model
+    for path in folder.glob("sentence_*_config.json"):  # *: bert, or in old files the model
         limits = read_json(path)
     return Declarations(
-        folder=folders[0],
-        pooling=read_pooling(folders[1] / "config.json"),
+        folder=folder,
+        pooling=pooling,
         max_length=limits.get("max_seq_length"),
-        lower_case=limits.get("do_lower_case", False),
+        lower_case=limits.get("do_lower_case"),
     )
 
 

@@ -44,10 +44,8 @@ def pick_device(name):
     """The torch device of that name; `auto` is the accelerator if there is one, else the CPU."""
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        if accelerator is None or accelerator.type == "mps":  # a Mac's was never tried
-            name = "cpu"
-        else:
-            name = accelerator
+        usable = accelerator and accelerator.type != "mps"  # a Mac's was never tried
+        name = accelerator if usable else "cpu"
     with attempt(f"use --device {name}", RuntimeError, AssertionError):
         return torch.zeros(1, device=name).device
 
@@ -307,7 +305,7 @@ def write_card(path, s, teacher):
         method=getattr(s, "method", "TALAS"),
         base_model=base_model,
     )
-    path.write_text(card, encoding="utf-8")
+    path.write_text(card, "utf-8")
 
 
 def publish(s, cache, draft):
