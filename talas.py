@@ -48,9 +48,10 @@ from support.run import (
     stop_processes,
 )
 
-# The W_l start small: Eq. 3 ignores their length, but a step turns a short one further (note 5).
+# The W_l start small: Eq. 3 ignores their length, but a step of a given length turns a short one
+# further (note 5).
 W_STD = 1e-3
-SHARPNESS_BATCHES = 2  # batches over which Table 4's λ_max is measured, the same for every seed
+SHARPNESS_BATCHES = 2  # batches on which λ_max is measured, the same for every seed (note 21)
 
 
 # ---------------------------------------------------------------------------------------- settings
@@ -128,7 +129,7 @@ def lasd_loss(layers, detach_guide=False):
     layers: two or more, each (N, d_S), bottom to top. A scalar. `detach_guide` makes R_{l+1} a
     constant (note 4).
     """
-    R = [relation_matrix(E) for E in layers]  # L of (N, N)
+    R = [relation_matrix(E) for E in layers]  # one (N, N) per layer
     losses = []
     for lower, guide in zip(R[:-1], R[1:]):
         if detach_guide:
@@ -180,9 +181,10 @@ def embed(encoder, tokens, s, views=1):
     tokens: input_ids, attention_mask, each (N, T). Each view draws its own dropout masks.
     support.encoder.pooled_layers runs the model and pools each layer's token states, (N, T, d_S),
     into one vector a sentence: [CLS], the last token or the mean (note 10). On a CPU it splits the
-    batch into groups of sentences of similar length, which need less padding (note 19).
+    batch into pieces, of sentences of similar length, which need less padding (note 19).
     """
     tokens = {name: t.repeat(views, 1) for name, t in tokens.items()}  # (views N, T)
+    # [1:]: without layer 0, the embedding layer (note 3)
     pooled = pooled_layers(encoder, tokens, s.precision)[1:]  # L of (views N, d_S)
     return [E.unflatten(0, (views, -1)) for E in pooled]
 
@@ -216,9 +218,9 @@ class Objective(torch.nn.Module):
         present, counts = domains.unique(return_counts=True)  # (M,) each
         losses = []
         for domain in present:
-            rows = domains == domain
-            domain_layers = [E[:, rows] for E in layers]
-            domain_teacher = None if teacher is None else teacher[rows]
+            in_domain = domains == domain  # (N,), bool
+            domain_layers = [E[:, in_domain] for E in layers]
+            domain_teacher = None if teacher is None else teacher[in_domain]
             L_i, _ = total_loss(domain_layers, self.projections, domain_teacher, self.s)
             losses.append(L_i)
         return disam_objective(torch.stack(losses), counts, self.s.disam_lambda)
@@ -249,7 +251,7 @@ class ASAM:
         self.restore()  # if an earlier ascent was not followed by a descent
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         moved = [p for p in parameters if p.grad is not None]
-        # p.grad becomes T_w ∇L(w), then ε̂: in place, because new memory would cost time
+        # p.grad becomes T_w ∇L(w), then ε̂: in place, to save memory and time
         T = {}  # parameter -> the diagonal of T_w, in its shape
         for p in moved:
             T[p] = p.abs().add_(self.eta) if self.adaptive else torch.ones_like(p)
@@ -257,16 +259,16 @@ class ASAM:
         norm = get_total_norm([p.grad for p in moved])  # ‖T_w ∇L(w)‖₂, one norm over all (note 13)
         if norm >= 1e-12:  # a gradient this small gives no direction
             for p in moved:
-                self.w[p] = p.clone()
+                self.w[p] = p.data
                 epsilon = p.grad.mul_(T[p]).mul_(self.rho / norm)  # ρ T_w² ∇L(w) / ‖T_w ∇L(w)‖₂
-                p.add_(epsilon)
+                p.data = p + epsilon  # w̃ in memory of its own, so that w stays as it is
         self.optimizer.zero_grad()
 
     @torch.no_grad()
     def restore(self):
-        """Put w back exactly, from its copy."""
+        """Put w back exactly."""
         for p, w in self.w.items():
-            p.copy_(w)
+            p.data = w
         self.w = {}
 
     def descent_step(self):
@@ -285,7 +287,7 @@ def without_graph(values):
 def training_step(objective, asam, tokens, teacher, domains, s):
     """One step of Algorithm 1, which moves w. Returns {name: scalar} to log.
 
-    tokens: as in embed; teacher: E^T (N, d_T); domains: (N,). sharpness_gap is L(w̃) - L(w).
+    tokens: as in embed; teacher: E^T (N, d_T) or None; domains: (N,). sharpness_gap is L(w̃) - L(w).
     """
     if s.optimizer == "adamw":  # one pass, no perturbation
         loss, values = objective(tokens, teacher)
@@ -299,7 +301,7 @@ def training_step(objective, asam, tokens, teacher, domains, s):
     with torch.random.fork_rng(devices):
         climbed_domains = domains if s.optimizer == "disam" else None
         loss, values = objective(tokens, teacher, climbed_domains)
-    loss.backward()  # ∇L(w)
+    loss.backward()  # ∇L(w); for DISAM, of Eq. 10
     asam.ascent_step()  # w̃ = ASAM_Perturb(w, ∇L, ρ)
 
     # 2. Descent step
@@ -334,7 +336,8 @@ def make_optimizer(s, objective, steps):
     ]
     adamw = torch.optim.AdamW(groups, lr=s.lr, weight_decay=s.weight_decay, fused=True)
     scheduler = get_cosine_schedule_with_warmup(adamw, round(s.warmup_ratio * steps), steps)
-    return ASAM(adamw, s.rho, s.eta, adaptive=s.optimizer == "asam"), scheduler
+    adaptive = s.optimizer == "asam"  # SAM and DISAM: T_w = I (note 12)
+    return ASAM(adamw, s.rho, s.eta, adaptive), scheduler
 
 
 def train(s, corpus, objective):
@@ -381,22 +384,23 @@ def hessian_vector_product(losses, parameters, v):
         if slope.requires_grad:  # the gradient of a linear loss is constant: its H is 0
             Hv = torch.autograd.grad(slope, parameters, materialize_grads=True)
             total += as_vector(Hv) / len(losses)
-    return total.detach()
+    return total
 
 
 def largest_hessian_eigenvalue(losses, parameters, tolerance=3e-3, vectors=8, seed=0):
     """λ_max (Table 4): the algebraically largest eigenvalue of the Hessian H at the parameters.
 
     H is the Hessian of the mean of the losses, as in hessian_vector_product. Restarted Lanczos
-    iteration (ARPACK) on products H v, to a relative `tolerance`; it keeps `vectors` copies of the
-    parameters in the host's memory. NaN if a loss or H is not finite.
+    iteration (ARPACK) on products H v, to a relative `tolerance`. The host
+    holds `vectors` + 4 copies of the parameters, at the peak 2.5 times `vectors`. NaN if a loss or
+    H is not finite.
     """
     parameters = [p for p in parameters if p.requires_grad]
     w = as_vector(parameters).detach()
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(len(w), generator=generator, dtype=w.dtype)
     Hv = hessian_vector_product(losses, parameters, start.to(w)).cpu()
-    # an infinite loss can have a finite H v: that of a linear loss is 0
+    # H v can be finite where a loss is not: a linear loss has H v = 0
     finite_losses = all(loss().isfinite() for loss in losses)
     if not finite_losses or not Hv.isfinite().all():
         return float("nan")
