@@ -94,7 +94,7 @@ class Settings:
     epochs: int = HfArg(default=5, help="passes over the corpus")
     batch_size: int = HfArg(default=32, help="sentences a step in each process, N")
     seed: int = HfArg(default=42, help="of initial weights, order and dropout")
-    device: str = HfArg(default="auto", help="auto: the accelerator if there is one, else cpu")
+    device: str = HfArg(default="auto", help="auto: the accelerator (but no Mac's), else cpu")
     precision: Literal["float32", "bfloat16"] = HfArg(
         default="float32", help="of the student's matrix products"
     )
