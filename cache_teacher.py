@@ -183,7 +183,7 @@ def parse_args(argv):
     flag(
         "--dtype", default="float32", choices=DTYPES, help="of the weights; float16 is also stored"
     )
-    flag("--device", default="auto", help="auto: the accelerator (but no Mac's), else cpu")
+    flag("--device", default="auto", help="auto: the accelerator (not a Mac's), else cpu")
     flag("--seed", type=int, default=42, help="of the paper corpus's sample")
     args = parser.parse_args(argv)
     check_output("--output", args.output)

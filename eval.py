@@ -273,7 +273,7 @@ def parse_args(argv):
     flag("--pooling", default="auto", choices=["auto", "cls", "mean", "last"], help="of the models")
     flag("--batch_size", type=positive, default=32, help="sentences in a forward pass")
     flag("--max_length", type=positive, default=256, help="tokens; longer sentences are cut")
-    flag("--device", default="auto", help="auto: the accelerator (but no Mac's), else cpu")
+    flag("--device", default="auto", help="auto: the accelerator (not a Mac's), else cpu")
     args = parser.parse_args(argv)
     if args.data == "demo":
         args.data = DEMO

@@ -94,7 +94,7 @@ class Settings:
     epochs: int = HfArg(default=5, help="passes over the corpus")
     batch_size: int = HfArg(default=32, help="sentences a step in each process, N")
     seed: int = HfArg(default=42, help="of initial weights, order and dropout")
-    device: str = HfArg(default="auto", help="auto: the accelerator (but no Mac's), else cpu")
+    device: str = HfArg(default="auto", help="auto: the accelerator (not a Mac's), else cpu")
     precision: Literal["float32", "bfloat16"] = HfArg(
         default="float32", help="of the student's matrix products"
     )
@@ -391,16 +391,16 @@ def largest_hessian_eigenvalue(losses, parameters, tolerance=3e-3, vectors=8, se
     """λ_max (Table 4): the algebraically largest eigenvalue of the Hessian H at the parameters.
 
     H is the Hessian of the mean of the losses, as in hessian_vector_product. Restarted Lanczos
-    iteration (ARPACK) on products H v, to a relative `tolerance`. The host
-    holds `vectors` + 4 copies of the parameters, at the peak 2.5 times `vectors`. NaN if a loss or
-    H is not finite.
+    iteration (ARPACK) on products H v, to a relative `tolerance`. The host's memory holds
+    `vectors` + 4 vectors of the parameters' size, and 2.5 times `vectors` at the peak. NaN if a
+    loss or H is not finite.
     """
     parameters = [p for p in parameters if p.requires_grad]
     w = as_vector(parameters).detach()
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(len(w), generator=generator, dtype=w.dtype)
     Hv = hessian_vector_product(losses, parameters, start.to(w)).cpu()
-    # H v can be finite where a loss is not: a linear loss has H v = 0
+    # the losses too, because an infinite linear loss has a finite H v: 0
     finite_losses = all(loss().isfinite() for loss in losses)
     if not finite_losses or not Hv.isfinite().all():
         return float("nan")
